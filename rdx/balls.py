@@ -1,0 +1,257 @@
+"""Threat models: an lp ball inside a box, and the region around one input that bounds are computed over."""
+
+import dataclasses
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rdx import norms
+from rdx.types import Array, ArrayLike, Key, Norm
+
+# Bisection on a multiplier halves the interval each time: 40 steps exhaust float32.
+_NUM_BISECTIONS = 40
+# Share of coordinates that an l1 step moves, as in SLIDE (Tramer & Boneh 2019, arXiv:1904.13000).
+_L1_STEP_SHARE = 0.01
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """The set `{x : ||(x - center) / radius||_p <= 1, lower <= x <= upper}`, one for each example.
+
+    Attributes:
+        center: the clean input, shape `[B, ...]`.
+        radius: the ball's radius per element, shape `[B, ...]`.
+        lower: least value of each element over the set, shape `[B, ...]`.
+        upper: greatest value of each element over the set, shape `[B, ...]`.
+        norm: the ball's norm; for "linf" the set is just the box `[lower, upper]`.
+    """
+
+    center: Array
+    radius: Array
+    lower: Array
+    upper: Array
+    norm: Norm = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """The lp ball of radius `eps` around an input, intersected with the box `[low, high]`.
+
+    Attributes:
+        norm: "linf", "l2" or "l1".
+        eps: radius in input units: a scalar, one per example `[B]`, or broadcastable to `x` for a radius per element
+            (the ball is then `||delta / eps||_p <= 1`). Traced, so that sweeping it does not recompile.
+        low: lower end of the box, a scalar or broadcastable to `x`; `-inf` for no box.
+        high: upper end of the box; `inf` for no box.
+    """
+
+    norm: Norm = dataclasses.field(metadata={"static": True})
+    eps: ArrayLike
+    low: ArrayLike = 0.0
+    high: ArrayLike = 1.0
+
+    def check(self, x: ArrayLike) -> None:
+        """Raises where the ball or the inputs are unusable; values are only looked at where they are concrete.
+
+        Args:
+            x: the inputs that the ball shall surround, shape `[B, ...]`.
+
+        Raises:
+            ValueError: on an unknown norm, a negative or NaN `eps`, an empty box, or inputs outside the box.
+        """
+        norms.check(self.norm)
+        if any(isinstance(value, jax.core.Tracer) for value in (x, self.eps, self.low, self.high)):
+            return
+        if not np.all(np.asarray(self.eps) >= 0):
+            raise ValueError(f"eps must be at least 0, got {self.eps}: give a radius in input units, such as 8 / 255.")
+        if not np.all(np.asarray(self.low) < np.asarray(self.high)):
+            raise ValueError(f"The box [{self.low}, {self.high}] is empty: low must be below high.")
+        values = np.asarray(x)
+        if not np.all((values >= np.asarray(self.low)) & (values <= np.asarray(self.high))):
+            raise ValueError(
+                f"Inputs span [{values.min()}, {values.max()}], outside the box [{self.low}, {self.high}]: scale "
+                "images to [0, 1] and normalise inside the model, or build the ball with low=-inf, high=inf."
+            )
+
+    def radius(self, x: Array) -> Array:
+        """Broadcasts `eps` to the shape of `x`, `[B, ...]`."""
+        eps = jnp.asarray(self.eps, dtype=x.dtype)
+        if eps.ndim == 1 and x.ndim > 1:
+            eps = norms.expand(eps, x)
+        return jnp.broadcast_to(eps, x.shape)
+
+    def limits(self, x: Array) -> tuple[Array, Array]:
+        """Computes the least and the greatest value of each element over ball and box around `x`."""
+        radius = self.radius(x)
+        low, high = (jnp.asarray(end, dtype=x.dtype) for end in (self.low, self.high))
+        return jnp.clip(x - radius, low, high), jnp.clip(x + radius, low, high)
+
+    def region(self, x: Array) -> Region:
+        """Describes the perturbed inputs around `x [B, ...]`, for `rdx.bounds`."""
+        self.check(x)
+        lower, upper = self.limits(x)
+        return Region(x, self.radius(x), lower, upper, self.norm)
+
+    def project(self, point: Array, center: Array) -> Array:
+        """Finds the nearest point of ball and box: `argmin_v ||v - point||_2` over `v` in both.
+
+        For linf that is clipping. For l2 and l1 the optimality conditions leave one multiplier `m >= 0` with
+        `delta = clip(shrink(point - center, m), low - center, high - center)`, where `shrink` divides by `1 + m` (l2)
+        or soft-thresholds by `m` (l1); the norm falls with `m`, which is found by bisection to float precision. The
+        center must lie in the box; then 0 is always feasible.
+
+        Args:
+            point: shape `[B, ...]`.
+            center: shape `[B, ...]`.
+
+        Returns:
+            The projection, shape `[B, ...]`.
+        """
+        if self.norm == "linf":
+            lower, upper = self.limits(center)
+            return jnp.clip(point, lower, upper)
+        return _project_by_bisection(self, point, center)
+
+    def sample(self, keys: Key, center: Array) -> Array:
+        """Draws a random point of ball and box for each example.
+
+        linf: uniform over the intersection. l2 and l1: uniform in the ball, then clipped to the box, which keeps it in
+        the ball because the center lies in the box.
+
+        Args:
+            keys: one key per example, shape `[B]`.
+            center: shape `[B, ...]`.
+
+        Returns:
+            Points, shape `[B, ...]`.
+        """
+        if self.norm == "linf":
+            lower, upper = self.limits(center)
+            draw = jax.vmap(lambda key, like: jax.random.uniform(key, like.shape, like.dtype))(keys, center)
+            return lower + draw * (upper - lower)
+        unit = jax.vmap(lambda key, like: _uniform_in_unit_ball(key, like, self.norm))(keys, center)
+        lower, upper = self.limits(center)
+        return jnp.clip(center + self.radius(center) * unit, lower, upper)
+
+    def ascent_direction(self, gradient: Array) -> Array:
+        """Computes a step of unit norm along which a function with this gradient rises.
+
+        linf: `sign(g)`. l2: `g / ||g||_2`. l1: the sign on the largest 1 % of the coordinates (at least one), divided
+        by their number; the exact steepest direction moves a single coordinate and makes iterations needlessly long
+        (SLIDE; Tramer & Boneh 2019, arXiv:1904.13000). A zero gradient gives a zero step.
+
+        Args:
+            gradient: shape `[B, ...]`.
+
+        Returns:
+            Direction, shape `[B, ...]`.
+        """
+        if self.norm == "linf":
+            return jnp.sign(gradient)
+        if self.norm == "l2":
+            size = norms.l2(gradient)
+            return gradient / norms.expand(jnp.where(size == 0, 1.0, size), gradient)
+        magnitude = jnp.abs(norms.flatten(gradient))
+        num_moved = max(1, round(_L1_STEP_SHARE * magnitude.shape[1]))
+        threshold = jax.lax.top_k(magnitude, num_moved)[0][:, -1]
+        moved = jnp.where(jnp.abs(gradient) >= norms.expand(threshold, gradient), jnp.sign(gradient), 0.0)
+        return moved / norms.expand(jnp.maximum(norms.l1(moved), 1.0), gradient)
+
+    def distance(self, point: Array, center: Array) -> Array:
+        """Computes `||point - center||_p`, shape `[B]`."""
+        return norms.norm(point - center, self.norm)
+
+    def contains(self, point: Array, center: Array, tolerance: float = 1e-6) -> Array:
+        """Tells where `point` lies in ball and box, up to `tolerance` relative to the radius and absolute in the box.
+
+        Args:
+            point: shape `[B, ...]`.
+            center: shape `[B, ...]`.
+            tolerance: allowance for rounding.
+
+        Returns:
+            Shape `[B]`, bool; False where anything is NaN.
+        """
+        radius = self.radius(center)
+        delta = point - center
+        is_fixed = radius == 0
+        scaled = jnp.where(is_fixed, 0.0, delta / jnp.where(is_fixed, 1.0, radius))
+        in_ball = norms.norm(scaled, self.norm) <= 1.0 + tolerance * max(1.0, float(np.sqrt(delta[0].size)))
+        stays = jnp.where(is_fixed, jnp.abs(delta) <= tolerance, True)
+        low, high = (jnp.asarray(end, dtype=point.dtype) for end in (self.low, self.high))
+        in_box = (point >= low - tolerance) & (point <= high + tolerance)
+        return in_ball & norms.flatten(stays & in_box).all(axis=1)
+
+
+def _project_by_bisection(ball: Ball, point: Array, center: Array) -> Array:
+    radius = ball.radius(center)
+    low, high = (jnp.broadcast_to(jnp.asarray(end, point.dtype), point.shape) - center for end in (ball.low, ball.high))
+    delta = point - center
+
+    def shrunk(multiplier: Array) -> Array:
+        m = norms.expand(multiplier, delta)
+        # The multiplier weighs (delta / radius)^2 or |delta / radius|; a radius of 0 admits no movement at all.
+        if ball.norm == "l2":
+            moved = delta * jnp.square(radius) / (jnp.square(radius) + m)
+        else:
+            moved = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - m / jnp.where(radius == 0, 1.0, radius), 0.0)
+        return jnp.clip(jnp.where(radius == 0, 0.0, moved), low, high)
+
+    def size(value: Array) -> Array:
+        return norms.norm(jnp.where(radius == 0, 0.0, value / jnp.where(radius == 0, 1.0, radius)), ball.norm)
+
+    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        below, above = bracket
+        middle = 0.5 * (below + above)
+        is_inside = size(shrunk(middle)) <= 1.0
+        return jnp.where(is_inside, below, middle), jnp.where(is_inside, middle, above)
+
+    # At this multiplier every element is shrunk into the ball: l2 by the factor 1 / size, l1 to zero.
+    largest = jnp.square(norms.linf(radius)) * size(delta) if ball.norm == "l2" else norms.linf(delta * radius)
+    is_inside = size(jnp.clip(delta, low, high)) <= 1.0
+    _, multiplier = jax.lax.fori_loop(0, _NUM_BISECTIONS, halve, (jnp.zeros_like(largest), largest))
+    multiplier = jax.lax.stop_gradient(jnp.where(is_inside, 0.0, multiplier))
+    moved = shrunk(multiplier)
+    return center + jnp.where(norms.expand(is_inside, moved), jnp.clip(delta, low, high), moved)
+
+
+def _uniform_in_unit_ball(key: Key, like: Array, norm: str) -> Array:
+    direction_key, radius_key = jax.random.split(key)
+    if norm == "l2":
+        normal = jax.random.normal(direction_key, like.shape, like.dtype)
+        share = jax.random.uniform(radius_key, (), like.dtype) ** (1.0 / like.size)
+        return share * normal / jnp.sqrt(jnp.square(normal).sum())
+    # |Laplace| are exponentials; with one more exponential they are spacings, uniform in the simplex (Devroye 1986).
+    laplace = jax.random.laplace(direction_key, like.shape, like.dtype)
+    rest = jax.random.exponential(radius_key, (), like.dtype)
+    return laplace / (jnp.abs(laplace).sum() + rest)
+
+
+def check_labels(labels: ArrayLike, x: ArrayLike, num_classes: int | None = None) -> None:
+    """Raises where labels do not fit the inputs; values are only looked at where they are concrete.
+
+    Args:
+        labels: shape `[B]`, int.
+        x: shape `[B, ...]`.
+        num_classes: number of classes, if known.
+
+    Raises:
+        ValueError: on a wrong shape or dtype, or a label outside `0..num_classes - 1`.
+    """
+    shape, batch = np.shape(labels), np.shape(cast(Array, x))[0]
+    if shape != (batch,):
+        raise ValueError(f"Labels of shape {shape} do not fit {batch} inputs: give one integer per example, [{batch}].")
+    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+        raise ValueError(f"Labels must be integers, got {jnp.asarray(labels).dtype}: pass class indices, not one-hot.")
+    if num_classes is None or isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    if values.size and not (values.min() >= 0 and values.max() < num_classes):
+        raise ValueError(
+            f"Labels span [{values.min()}, {values.max()}] but the model has {num_classes} classes: labels must lie in "
+            f"0..{num_classes - 1}."
+        )

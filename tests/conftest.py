@@ -1,0 +1,32 @@
+"""Strict settings for every test: 8 virtual devices, no silent broadcasting or promotion, a persistent cache."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("RDX_CACHE_DIR", str(_ROOT / ".cache" / "jax")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out tests marked slow unless RDX_SLOW=1 or a marker expression is given."""
+    if os.environ.get("RDX_SLOW") == "1" or config.getoption("-m"):
+        return
+    skip = pytest.mark.skip(reason="slow: set RDX_SLOW=1")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
