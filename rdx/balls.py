@@ -6,6 +6,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rdx import norms
 from rdx.types import Array, ArrayLike, Key, Norm
@@ -64,7 +65,7 @@ class Ball:
             ValueError: on an unknown norm, a negative or NaN `eps`, an empty box, or inputs outside the box.
         """
         norms.check(self.norm)
-        if any(isinstance(value, jax.core.Tracer) for value in (x, self.eps, self.low, self.high)):
+        if any(isinstance(value, Tracer) for value in (x, self.eps, self.low, self.high)):
             return
         if not np.all(np.asarray(self.eps) >= 0):
             raise ValueError(f"eps must be at least 0, got {self.eps}: give a radius in input units, such as 8 / 255.")
@@ -247,7 +248,7 @@ def check_labels(labels: ArrayLike, x: ArrayLike, num_classes: int | None = None
         raise ValueError(f"Labels of shape {shape} do not fit {batch} inputs: give one integer per example, [{batch}].")
     if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
         raise ValueError(f"Labels must be integers, got {jnp.asarray(labels).dtype}: pass class indices, not one-hot.")
-    if num_classes is None or isinstance(labels, jax.core.Tracer):
+    if num_classes is None or isinstance(labels, Tracer):
         return
     values = np.asarray(labels)
     if values.size and not (values.min() >= 0 and values.max() < num_classes):

@@ -1,1 +1,12 @@
-"""Placeholder."""
+"""Certified bounds of any JAX function: `method(fn, region, *args) -> Interval`, methods interchangeable."""
+
+from rdx.bounds import relaxations
+from rdx.bounds.certify import Certificate, certify
+from rdx.bounds.crown import crown, crown_ibp
+from rdx.bounds.graph import UnsupportedPrimitiveError
+from rdx.bounds.ibp import ibp
+from rdx.bounds.interval import Interval
+
+__all__ = [
+    "Certificate", "Interval", "UnsupportedPrimitiveError", "certify", "crown", "crown_ibp", "ibp", "relaxations",
+]

@@ -1,0 +1,116 @@
+"""The walk that every method shares: trace one example, carry intervals forward, fuse affine ends."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from rdx.balls import Region
+from rdx.bounds import linear, relaxations
+from rdx.bounds.graph import MONOTONE, Graph, Node, Op, trace
+from rdx.bounds.interval import Interval
+from rdx.types import Array, PyTree
+
+Known: TypeAlias = dict[Node, Interval]
+
+
+def per_example(method: Callable[..., Interval], fn: Callable[..., Array], region: PyTree, *args: PyTree) -> Interval:
+    """Runs `method(graph, regions)` on every example: one example is traced, and the batch is a `vmap` over it."""
+
+    def is_region(leaf: PyTree) -> bool:
+        return isinstance(leaf, Region)
+
+    def one(region: PyTree, args: PyTree) -> Interval:
+        region, args = jax.tree.map(lambda leaf: leaf[None], (region, args))
+        graph = trace(fn, jax.tree.map(lambda leaf: leaf.center, region, is_leaf=is_region), *args)
+        relaxations.check(graph.ops)
+        if not isinstance(graph.output, Node):
+            return Interval(graph.output[0], graph.output[0])
+        bounds = method(graph, jax.tree.leaves(region, is_leaf=is_region))
+        return Interval(bounds.lower[0], bounds.upper[0])
+
+    return jax.vmap(one)(region, args)
+
+
+def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Known], Interval]) -> Known:
+    """Propagates intervals to every node.
+
+    Args:
+        graph: the traced function.
+        regions: one for each input.
+        enter: `(op, known) -> Interval` gives the bounds of a nonlinear operation's input, which may be tighter than
+            the ones known so far.
+
+    Returns:
+        Intervals of all nodes.
+    """
+    known = {node: Interval(r.lower, r.upper) for node, r in zip(graph.inputs, regions, strict=True)}
+    for op in graph.ops:
+        if op.is_affine:
+            known.update(zip(op.outputs, _affine(op, known), strict=True))
+        else:
+            (node,) = op.nodes
+            known[node] = enter(op, known)
+            known[op.outputs[0]] = relaxations.propagate(op, known[node])
+    return known
+
+
+def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Known], Interval]:
+    """Builds the `enter` of plain IBP: intervals as they are, except where an l2 or l1 ball enters directly."""
+    curved = {node for node, region in zip(graph.inputs, regions, strict=True) if region.norm != "linf"}
+
+    def enter(op: Op, known: Known) -> Interval:
+        (node,) = op.nodes
+        _, ends = affine_suffix(graph, node)
+        if not ends & curved:
+            return known[node]
+        return linear.two_sided(graph, node, {}, _ends(graph, known, regions))
+
+    return enter
+
+
+def fused(graph: Graph, known: Known, regions: Sequence[Region]) -> Interval:
+    """Bounds the output with the affine operations after the last nonlinear ones fused.
+
+    Interval arithmetic is exact through one operation that mixes elements; only with more is there something to gain.
+    """
+    assert isinstance(graph.output, Node)
+    suffix, ends = affine_suffix(graph, graph.output)
+    is_curved = any(r.norm != "linf" and node in ends for node, r in zip(graph.inputs, regions, strict=True))
+    if is_curved or sum(op.is_mixing for op in suffix) > 1:
+        return linear.two_sided(graph, graph.output, {}, _ends(graph, known, regions))
+    return known[graph.output]
+
+
+def affine_suffix(graph: Graph, node: Node) -> tuple[list[Op], set[Node]]:
+    """Finds the affine operations between `node` and the last nonlinear ones, and the nodes where they begin."""
+    ends, suffix = {node}, []
+    for op in reversed(graph.ops):
+        if op.is_affine and ends.intersection(op.outputs):
+            suffix.append(op)
+            ends = (ends - set(op.outputs)) | set(op.nodes)
+    return suffix, ends
+
+
+def _ends(graph: Graph, known: Known, regions: Sequence[Region]) -> dict[Node, Region | Interval]:
+    ends: dict[Node, Region | Interval] = dict(zip(graph.inputs, regions, strict=True))
+    bent = (op.outputs[0] for op in graph.ops if not op.is_affine)
+    ends.update({node: known[node] for node in bent if node in known})
+    return ends
+
+
+def _affine(op: Op, known: Known) -> tuple[Interval, ...]:
+    inputs = [known[value] if isinstance(value, Node) else Interval(value, value) for value in op.inputs]
+    if op.name in MONOTONE:
+        lowers, uppers = op.fn(*(v.lower for v in inputs)), op.fn(*(v.upper for v in inputs))
+        return tuple(map(Interval, lowers, uppers))
+    if op.name == "neg":
+        return (Interval(-inputs[0].upper, -inputs[0].lower),)
+    if op.name == "sub":
+        first, second = inputs
+        return (Interval(first.lower - second.upper, first.upper - second.lower),)
+    # Bilinear with one constant: W c and |W| r. Division is multiplication by a reciprocal.
+    (center,) = op.apply(*(known[node].center for node in op.nodes))
+    (radius,) = op.fn(*(known[v].radius if isinstance(v, Node) else jnp.abs(v) for v in op.inputs))
+    return (Interval(center - radius, center + radius),)
