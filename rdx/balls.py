@@ -154,12 +154,13 @@ class Ball:
         if self.norm == "linf":
             return jnp.sign(gradient)
         if self.norm == "l2":
-            size = norms.l2(gradient)
-            return gradient / norms.expand(jnp.where(size == 0, 1.0, size), gradient)
+            # Scaled first: the squares of a confident model's gradient (1e-20) would vanish in float32.
+            largest = norms.linf(gradient)
+            scaled = gradient / norms.expand(jnp.where(largest == 0, 1.0, largest), gradient)
+            return scaled / norms.expand(jnp.maximum(norms.l2(scaled), 1.0), gradient)
         magnitude = jnp.abs(norms.flatten(gradient))
-        num_moved = max(1, round(_L1_STEP_SHARE * magnitude.shape[1]))
-        threshold = jax.lax.top_k(magnitude, num_moved)[0][:, -1]
-        moved = jnp.where(jnp.abs(gradient) >= norms.expand(threshold, gradient), jnp.sign(gradient), 0.0)
+        threshold = _exceeded_by(magnitude, max(1, round(_L1_STEP_SHARE * magnitude.shape[1])))
+        moved = jnp.where(jnp.abs(gradient) > norms.expand(threshold, gradient), jnp.sign(gradient), 0.0)
         return moved / norms.expand(jnp.maximum(norms.l1(moved), 1.0), gradient)
 
     def distance(self, point: Array, center: Array) -> Array:
@@ -189,35 +190,60 @@ class Ball:
 
 
 def _project_by_bisection(ball: Ball, point: Array, center: Array) -> Array:
-    radius = ball.radius(center)
-    low, high = (jnp.broadcast_to(jnp.asarray(end, point.dtype), point.shape) - center for end in (ball.low, ball.high))
-    delta = point - center
+    # Everything is flattened to [B, D]: XLA's CPU backend reduces over many small axes thirty times more slowly.
+    radius = norms.flatten(ball.radius(center))
+    low, high = (
+        norms.flatten(jnp.broadcast_to(jnp.asarray(end, point.dtype), point.shape) - center)
+        for end in (ball.low, ball.high)
+    )
+    is_fixed = radius == 0
+    unit = jnp.where(is_fixed, 1.0, radius)
+    delta = jnp.where(is_fixed, 0.0, norms.flatten(point - center))
+    # How much harder than the widest axis an axis resists; not a full array where all resist alike.
+    alike = jnp.ndim(ball.eps) <= 1
+    resistance = jnp.ones((1, 1), point.dtype) if alike else jnp.square(norms.linf(unit)[:, None] / unit)
 
-    def shrunk(multiplier: Array) -> Array:
-        m = norms.expand(multiplier, delta)
-        # The multiplier weighs (delta / radius)^2 or |delta / radius|; a radius of 0 admits no movement at all.
-        if ball.norm == "l2":
-            moved = delta * jnp.square(radius) / (jnp.square(radius) + m)
-        else:
-            moved = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - m / jnp.where(radius == 0, 1.0, radius), 0.0)
-        return jnp.clip(jnp.where(radius == 0, 0.0, moved), low, high)
+    # The search runs on sizes in units of the radius; signs and units return at the end.
+    sizes, room = jnp.abs(delta) / unit, jnp.where(delta > 0, high, -low) / unit
 
-    def size(value: Array) -> Array:
-        return norms.norm(jnp.where(radius == 0, 0.0, value / jnp.where(radius == 0, 1.0, radius)), ball.norm)
+    def is_inside(multiplier: Array) -> Array:
+        m = multiplier[:, None] * resistance
+        shrunk = sizes * (1.0 / (1.0 + m)) if ball.norm == "l2" else jnp.maximum(sizes - m, 0.0)
+        kept = jnp.minimum(shrunk, room)
+        return (jnp.square(kept) if ball.norm == "l2" else kept).sum(axis=1) <= 1.0
 
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         below, above = bracket
         middle = 0.5 * (below + above)
-        is_inside = size(shrunk(middle)) <= 1.0
-        return jnp.where(is_inside, below, middle), jnp.where(is_inside, middle, above)
+        enough = is_inside(middle)
+        return jnp.where(enough, below, middle), jnp.where(enough, middle, above)
 
-    # At this multiplier every element is shrunk into the ball: l2 by the factor 1 / size, l1 to zero.
-    largest = jnp.square(norms.linf(radius)) * size(delta) if ball.norm == "l2" else norms.linf(delta * radius)
-    is_inside = size(jnp.clip(delta, low, high)) <= 1.0
-    _, multiplier = jax.lax.fori_loop(0, _NUM_BISECTIONS, halve, (jnp.zeros_like(largest), largest))
-    multiplier = jax.lax.stop_gradient(jnp.where(is_inside, 0.0, multiplier))
-    moved = shrunk(multiplier)
-    return center + jnp.where(norms.expand(is_inside, moved), jnp.clip(delta, low, high), moved)
+    # At these multipliers everything is shrunk into the ball: l2 by the factor 1 / size, l1 to zero.
+    largest = norms.l2(sizes) if ball.norm == "l2" else norms.linf(sizes)
+    zeros = jnp.zeros_like(largest)
+    _, multiplier = jax.lax.fori_loop(0, _NUM_BISECTIONS, halve, (zeros, largest))
+    m = jax.lax.stop_gradient(jnp.where(is_inside(zeros), 0.0, multiplier))[:, None] * resistance
+    if ball.norm == "l2":
+        moved = delta * (1.0 / (1.0 + m))
+    else:
+        moved = jnp.where(m > 0, jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - m * unit, 0.0), delta)
+    return center + jnp.clip(moved, low, high).reshape(point.shape)
+
+
+def _exceeded_by(values: Array, count: int) -> Array:
+    """Finds the highest level that at least `count` of the values `[B, D]` exceed, 0 if fewer are positive.
+
+    Bisection, because `top_k` costs far more than a small network's gradient on CPUs.
+    """
+
+    def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        below, above = bracket
+        middle = 0.5 * (below + above)
+        enough = (values > middle[:, None]).sum(axis=1) >= count
+        return jnp.where(enough, middle, below), jnp.where(enough, above, middle)
+
+    largest = values.max(axis=1)
+    return jax.lax.fori_loop(0, _NUM_BISECTIONS, halve, (jnp.zeros_like(largest), largest))[0]
 
 
 def _uniform_in_unit_ball(key: Key, like: Array, norm: str) -> Array:

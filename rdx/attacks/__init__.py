@@ -1,1 +1,8 @@
-"""Placeholder."""
+"""Attacks: `attack(key, logits_fn, x, labels, *, ball, goal, index, ...) -> AttackResult`, one technique a file."""
+
+from rdx.attacks.apgd import apgd
+from rdx.attacks.base import limit
+from rdx.attacks.fgsm import fgsm
+from rdx.attacks.pgd import pgd
+
+__all__ = ["apgd", "fgsm", "limit", "pgd"]

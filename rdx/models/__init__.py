@@ -1,1 +1,25 @@
-"""Placeholder."""
+"""Networks as flax.linen modules that return logits, and their bridge to the library's pure functions."""
+
+from rdx.models.apply import Forward, forward, logits_fn, num_parameters
+from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, small_cnn
+from rdx.models.mlp import MLP
+from rdx.models.resnet import ResNet
+from rdx.models.robustifier import Robustifier, cifar_robustifier, mnist_robustifier
+
+__all__ = [
+    "MLP",
+    "Conv",
+    "ConvNet",
+    "Forward",
+    "ResNet",
+    "Robustifier",
+    "a5_classifier",
+    "bench_cnn",
+    "cifar_robustifier",
+    "digits_cnn",
+    "forward",
+    "logits_fn",
+    "mnist_robustifier",
+    "num_parameters",
+    "small_cnn",
+]

@@ -1,0 +1,1 @@
+"""One script per protocol of a paper; run as `python -m experiments.NAME`."""

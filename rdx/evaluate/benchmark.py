@@ -1,0 +1,194 @@
+"""The worst case over attacks beside a certificate, example by example, and the check that they do not contradict.
+
+Per example and at the same radius, nothing is both certified and attacked; so the clean error is at most the attacked
+error, and that is at most the certified error, all counted on the same examples. A violation is a bug in the bounds, in
+an attack or in the bookkeeping, and no table is made of it.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+
+from rdx import bounds
+from rdx.balls import Ball
+from rdx.types import Array, AttackResult, Key, LogitsFn
+
+# (key, logits_fn, x, labels, *, ball, index) -> AttackResult
+Attack: TypeAlias = Callable[..., AttackResult]
+
+
+class ContradictionError(AssertionError):
+    """A certificate and an attack, or a certificate and the clean prediction, contradict each other."""
+
+
+class Evaluation(NamedTuple):
+    """Per-example results over `N` examples.
+
+    Attributes:
+        index: place in the data set, int32.
+        label: true class.
+        prediction: class predicted for the (defended) input.
+        certified: certified at the attacker's radius, with the allowance for rounding.
+        margin_lower: the least certified margin.
+        attacked: whether any attack was run on the example.
+        broken: wrong clean, or made wrong by some attack; meaningful where `counted`.
+        adversarial_prediction: class predicted for the strongest input found; the clean one where none was tried.
+        distance: norm of the strongest perturbation tried.
+        forwards: forward passes spent by all attacks.
+        gradients: gradients spent by all attacks.
+        counted: whether the example belongs to the subset on which all three errors are counted.
+        broken_by: index into the attacks, -1 where the example is wrong already or stands.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    certified: np.ndarray
+    margin_lower: np.ndarray
+    attacked: np.ndarray
+    broken: np.ndarray
+    adversarial_prediction: np.ndarray
+    distance: np.ndarray
+    forwards: np.ndarray
+    gradients: np.ndarray
+    counted: np.ndarray
+    broken_by: np.ndarray
+
+
+def evaluate(
+    key: Key, logits_fn: LogitsFn, x: Array, labels: Array, *, ball: Ball, attacks: Mapping[str, Attack],
+    method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
+    batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates a classifier on inputs that may have been defended already.
+
+    All examples are predicted and certified. The first `num_attacked` are counted for the attacked error: among them
+    every correct, uncertified example is attacked, each attack meeting only what still stands; a certified one cannot
+    be broken, and `cross_check` of them are attacked nevertheless, to test the certificate.
+
+    Args:
+        key: the run's key; per-example keys are folded from `index`.
+        logits_fn: `x [B, ...] -> logits [B, K]`; a `Partial`, so that compilations are shared.
+        x: inputs, shape `[N, ...]`.
+        labels: shape `[N]`, int.
+        ball: the attacker's ball.
+        attacks: by name, each `(key, logits_fn, x, labels, *, ball, index) -> AttackResult`, weakest first.
+        method: how to certify.
+        num_attacked: size of the counted subset; all by default.
+        cross_check: how many certified examples of the subset are attacked as well.
+        batch_size: examples per compiled call; the last batch is filled up, never dropped.
+        index: place of each example in the data set, shape `[N]`; 0..N-1 by default.
+        on_progress: called with a stage's name, the examples done and their total.
+
+    Returns:
+        Per-example results.
+
+    Raises:
+        ContradictionError: where an example is certified and broken.
+        ValueError: on inputs or labels that do not fit.
+    """
+    report = on_progress or (lambda stage, done, total: None)
+    index = np.arange(len(labels), dtype=np.int32) if index is None else np.asarray(index, np.int32)
+    labels = np.asarray(labels)
+    prediction, certified, margin_lower = _certify(logits_fn, x, labels, ball, method, batch_size, report)
+    counted = np.arange(len(labels)) < (len(labels) if num_attacked is None else num_attacked)
+    is_correct = prediction == labels
+    checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
+    attacked = (counted & is_correct & ~certified) | checked
+    found = _attack(key, logits_fn, x, labels, ball, attacks, np.flatnonzero(attacked), index, batch_size, report)
+    result = Evaluation(
+        index=index, label=labels, prediction=prediction, certified=certified, margin_lower=margin_lower,
+        attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
+        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
+    )
+    check(result)
+    return result
+
+
+def check(result: Evaluation) -> None:
+    """Raises where a certificate is contradicted.
+
+    Raises:
+        ContradictionError: naming the examples.
+    """
+    wrong = np.flatnonzero(result.certified & (result.prediction != result.label))
+    broken = np.flatnonzero(result.certified & result.broken)
+    for what, rows in (("misclassified without an attack", wrong), ("broken by an attack", broken)):
+        if rows.size:
+            raise ContradictionError(
+                f"{rows.size} examples are certified and {what}, the first at index {result.index[rows[:5]].tolist()}: "
+                "bounds, attack or labels are wrong; no table is written from this evaluation."
+            )
+
+
+def _certify(
+    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, batch_size: int, report: Callable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    partial = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
+    parts = []
+    for start in range(0, len(labels), batch_size):
+        rows = _fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
+        ball.check(x[rows])
+        logits, certificate = _predict_and_certify(partial, x[rows], labels[rows], ball, method)
+        worst = certificate.margins_lower.min(axis=1)
+        values = (logits.argmax(axis=1), certificate.certified, worst)
+        parts.append([np.asarray(value)[: len(labels) - start] for value in values])
+        report("certify", min(start + batch_size, len(labels)), len(labels))
+    prediction, certified, margin_lower = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return prediction, certified, margin_lower
+
+
+def _predict(logits_fn: LogitsFn, x: Array) -> Array:
+    # The same precision as the certificate's: the two must speak of one function.
+    with jax.default_matmul_precision("highest"):
+        return logits_fn(x)
+
+
+def _predict_and_certify_eagerly(
+    logits_fn: LogitsFn, x: Array, labels: Array, ball: Ball, method: Callable
+) -> tuple[Array, bounds.Certificate]:
+    return _predict(logits_fn, x), bounds.certify(logits_fn, x, labels, ball=ball, method=method)
+
+
+_predict_and_certify = jax.jit(_predict_and_certify_eagerly, static_argnames="method")
+_predict_compiled = jax.jit(_predict)
+
+
+def _attack(
+    key: Key, logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, attacks: Mapping[str, Attack],
+    rows: np.ndarray, index: np.ndarray, batch_size: int, report: Callable,
+) -> dict[str, Any]:
+    total = len(labels)
+    found = {
+        "success": np.zeros(total, bool), "adversarial_prediction": np.zeros(total, np.int64),
+        "distance": np.zeros(total, np.float32), "forwards": np.zeros(total, np.int64),
+        "gradients": np.zeros(total, np.int64), "broken_by": np.full(total, -1, np.int64),
+    }
+    partial = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
+    for number, (name, attack) in enumerate(attacks.items()):
+        standing = rows[~found["success"][rows]]
+        # A name's key is its own, whichever attacks run beside it.
+        attack_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        for start in range(0, len(standing), batch_size):
+            taken = standing[start : start + batch_size]
+            # Few sizes are compiled: the next power of two up to the batch size.
+            filled = _fill(taken, min(batch_size, 1 << (len(taken) - 1).bit_length()))
+            result = attack(attack_key, partial, x[filled], labels[filled], ball=ball, index=index[filled])
+            predicted = np.asarray(_predict_compiled(partial, result.x_adv).argmax(axis=1))[: len(taken)]
+            # Success is what a fresh forward pass at full precision says, not what the attack believes.
+            success = predicted != labels[taken]
+            found["success"][taken] = success
+            found["broken_by"][taken] = np.where(success, number, -1)
+            found["adversarial_prediction"][taken] = predicted
+            found["distance"][taken] = np.asarray(result.distance)[: len(taken)]
+            for count in ("forwards", "gradients"):
+                found[count][taken] += np.asarray(getattr(result, count))[: len(taken)]
+            report(name, start + len(taken), len(standing))
+    return found
+
+
+def _fill(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])

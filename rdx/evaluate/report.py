@@ -1,0 +1,63 @@
+"""Tables in the layout of papers, made from records only."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rdx.evaluate.benchmark import ContradictionError
+
+# A run whose predictions fall into one class this often has collapsed: its errors say nothing about the method.
+_COLLAPSED = 0.9
+
+
+def is_collapsed(summary: Mapping[str, Any]) -> bool:
+    """Tells whether nearly all inputs are put into one class."""
+    return summary["largest_class"] >= _COLLAPSED
+
+
+def percent(rate: Mapping[str, Any]) -> str:
+    """Formats a rate as a percentage with two digits."""
+    return f"{100 * rate['value']:.2f}"
+
+
+def cell(summary: Mapping[str, Any]) -> str:
+    """Formats `clean [attacked, certified]` errors in percent, counted on the same examples.
+
+    Args:
+        summary: from `records.summarize`.
+
+    Returns:
+        The cell; collapsed runs are named so.
+
+    Raises:
+        ContradictionError: where not clean <= attacked <= certified.
+    """
+    counts = [summary[name]["count"] for name in ("clean", "attacked", "certified")]
+    if counts != sorted(counts):
+        raise ContradictionError(f"Errors must rise from clean to attacked to certified, got counts {counts}.")
+    text = f"{percent(summary['clean'])} [{percent(summary['attacked'])}, {percent(summary['certified'])}]"
+    return f"collapsed: {text}" if is_collapsed(summary) else text
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats a markdown table with aligned columns.
+
+    Raises:
+        ValueError: where a row has another length than the header.
+    """
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"Every row needs {len(header)} cells, as the header has.")
+    widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file by renaming, so that a reader sees the old text or the new one."""
+    temporary = Path(path).with_suffix(".partial")
+    temporary.write_text(text if text.endswith("\n") else text + "\n")
+    temporary.replace(path)

@@ -1,0 +1,83 @@
+"""Convolutional networks without BatchNorm, and the ones that the papers use.
+
+Every constructor returns a module whose fields can still be changed: `a5_classifier().clone(mean=(0.5,), std=(2.0,))`.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+
+from rdx.models.normalise import normalise
+from rdx.types import Array
+
+
+class Conv(NamedTuple):
+    """One convolution: output channels, side of the square kernel, stride."""
+
+    channels: int
+    kernel: int
+    stride: int = 1
+
+
+class ConvNet(nn.Module):
+    """Convolutions, then dense layers, with ReLU after all but the last.
+
+    Attributes:
+        convs: the convolutions.
+        dense: widths of the hidden dense layers.
+        num_classes: number of logits.
+        padding: of every convolution, "SAME" or the number of zeros on each side.
+        mean: subtracted from the image, one value or one per channel.
+        std: divides the image, one value or one per channel.
+    """
+
+    convs: tuple[Conv, ...]
+    dense: tuple[int, ...]
+    num_classes: int = 10
+    padding: str | int = "SAME"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Computes the logits `[B, K]` of images `[B, H, W, C]`."""
+        x = normalise(x, self.mean, self.std)
+        for conv in self.convs:
+            layer = nn.Conv(conv.channels, (conv.kernel,) * 2, strides=conv.stride, padding=self.padding)
+            x = nn.relu(layer(x))
+        x = x.reshape(x.shape[0], -1)
+        for features in self.dense:
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+def small_cnn(num_classes: int = 10) -> ConvNet:
+    """Builds the small network of certified training: two strided 4x4 convolutions and 100 hidden units.
+
+    Source: Wong & Kolter (2018, arXiv:1711.00851); 166,406 parameters for 28x28x1.
+    """
+    return ConvNet((Conv(16, 4, 2), Conv(32, 4, 2)), (100,), num_classes)
+
+
+def bench_cnn(num_classes: int = 10) -> ConvNet:
+    """Builds the network of the speed comparisons: as `small_cnn`, with stride 1 in the second convolution.
+
+    Its layers are those of "small" in Gowal et al. (2018, arXiv:1810.12715), here with zero padding.
+    """
+    return ConvNet((Conv(16, 4, 2), Conv(32, 4, 1)), (100,), num_classes)
+
+
+def digits_cnn(num_classes: int = 10) -> ConvNet:
+    """Builds a network for 8x8 images that trains in seconds on a CPU."""
+    return ConvNet((Conv(16, 3), Conv(32, 3, 2)), (64,), num_classes)
+
+
+def a5_classifier(num_classes: int = 10) -> ConvNet:
+    """Builds the classifier of A5 for MNIST, Fashion-MNIST and CIFAR-10.
+
+    Five 3x3 convolutions with 64, 64, 128 (stride 2), 128, 128 channels and 512 hidden units: 13,257,290 parameters
+    for 28x28x1, 17,190,602 for 32x32x3. Source: Frosio & Kautz (2023, A5); the layers are those of "large" in Gowal et
+    al. (2018, arXiv:1810.12715).
+    """
+    convs = (Conv(64, 3), Conv(64, 3), Conv(128, 3, 2), Conv(128, 3), Conv(128, 3))
+    return ConvNet(convs, (512,), num_classes, padding=1)

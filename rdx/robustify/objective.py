@@ -1,0 +1,85 @@
+"""The defensive perturbation, and what all A5 recipes share.
+
+Frosio & Kautz (2023, "The Best Defense is a Good Offense: Adversarial Augmentation against Adversarial Attacks", A5)
+move an input, before anybody attacks it, to where no attack of size `eps_A` can change its class:
+
+    x_D = x + delta_D(z),    ||delta_D|| <= eps_D        Eqs. (4)-(5)
+    min_z E(x_D)                                         Eq. (6)
+
+where `E` is the worst-case cross entropy over the ball of radius `eps_A` around `x_D` (Eqs. 2-3, in
+`rdx.bounds.worst_case`). The recipes differ in what is optimised: `z` itself (offline), a network that computes `z`
+from `x` (online), or that network together with the classifier (joint). As in the authors' code the defended image is
+clipped to the box, and bounds start at the defended image: the defender moves in the clear, before the attacker.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from rdx import norms
+from rdx.balls import Ball
+from rdx.bounds import Threat
+from rdx.types import Array, LogitsFn, PyTree
+
+# What a loss builder's Partial returns: (loss, (model_state, metrics)).
+LossOutput: TypeAlias = tuple[Array, tuple[PyTree, dict[str, Array]]]
+
+
+class Forward(Protocol):
+    """A network as a function of its parameters, such as `rdx.models.forward(module)`."""
+
+    def __call__(self, params: PyTree, model_state: PyTree, x: Array, *, train: bool) -> tuple[Array, PyTree]:
+        """Computes the output and the next state."""
+        ...
+
+    def statistics(self, params: PyTree, model_state: PyTree, x: Array) -> PyTree:
+        """Computes the state whose inference uses the statistics of the batch `x`."""
+        ...
+
+    @property
+    def logits_fn(self) -> Callable[[PyTree, PyTree], LogitsFn]:
+        """Binds parameters and state into a `LogitsFn` in inference mode."""
+        ...
+
+
+def defend(x: Array, z: Array, ball: Ball) -> Array:
+    """Computes the defended input `x_D = clip(x + delta_D(z))`, in ball and box for every `z`.
+
+    linf: `delta_D(z) = 2 eps_D (1 / (1 + e^{-z}) - 1/2)` elementwise (Frosio & Kautz 2023, Eq. 5). l2 and l1:
+    `delta_D(z) = eps_D z / (1 + ||z||_p)`, which is 0 at `z = 0` too and reaches every point inside the ball. Clipping
+    to the box never leaves the ball, since `x` lies in the box.
+
+    Args:
+        x: inputs in the box, shape `[B, ...]`.
+        z: unconstrained, shape `[B, ...]`.
+        ball: the defender's ball.
+
+    Returns:
+        Defended inputs, shape `[B, ...]`.
+    """
+    lower, upper = ball.limits(x)
+    return jnp.clip(x + ball.radius(x) * _unit(z, ball.norm), lower, upper)
+
+
+def _unit(z: Array, norm: str) -> Array:
+    if norm == "linf":
+        return jnp.tanh(0.5 * z)  # = 2 (sigmoid(z) - 1/2), and exact at both ends in floating point
+    return z / norms.expand(1.0 + norms.norm(z, norm), z)
+
+
+def summarize(loss: Array, metrics: dict[str, Array]) -> dict[str, Array]:
+    """Averages a per-example loss and its metrics over the batch, for a loop to log."""
+    return jax.tree.map(lambda value: value.astype(jnp.float32).mean(), {"loss": loss, **metrics})
+
+
+def check_budget(defense: Ball, threat: Threat) -> None:
+    """Raises where attacker and defender do not share a box.
+
+    Raises:
+        ValueError: naming both boxes.
+    """
+    boxes = (defense.low, defense.high), (threat.ball.low, threat.ball.high)
+    if boxes[0] != boxes[1]:
+        raise ValueError(f"Defender and attacker have different boxes, {boxes[0]} and {boxes[1]}: give both the same.")
