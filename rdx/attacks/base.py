@@ -184,7 +184,7 @@ def limit(result: AttackResult, x: Array, ball: Ball) -> Array:
         ball: the threat model.
 
     Returns:
-        Inputs in ball and box, shape `[B, ...]`; they succeed where `result.success` holds and `x_adv` was kept.
+        Inputs in ball and box, shape `[B, ...]`.
     """
     return jnp.where(norms.expand(ball.contains(result.x_adv, x), x), result.x_adv, x)
 
@@ -214,20 +214,21 @@ def iterate(
     """
     if loop not in ("auto", "host", "compiled"):
         raise ValueError(f"Unknown loop {loop!r}: use 'auto', 'host' or 'compiled'.")
-    if _is_traced((context, state)):
-        if loop != "host":
-            return jax.lax.fori_loop(0, num_steps, lambda i, carry: step(context, carry, i), state)
-        for i in range(num_steps):
-            state = _call(step, context, state, np.int32(i))
-        return state
-    on_host = loop == "host" or (loop == "auto" and _lies_on_cpu(state))
-    # The steps donate their state, and a fresh state may still share buffers with the caller's arrays.
-    state = jax.tree.map(jnp.copy, state)
-    stride = chunk if progress is not None else num_steps
-    for first in range(0, num_steps, stride):
+    is_traced = _is_traced((context, state))
+    on_host = loop == "host" or (loop == "auto" and not is_traced and _lies_on_cpu(state))
+    if on_host and not is_traced:
+        # The steps donate their state, and a fresh state may still share buffers with the caller's arrays.
+        state = jax.tree.map(jnp.copy, state)
+    stride = num_steps if is_traced or progress is None else chunk
+    for first in range(0, num_steps, max(1, stride)):
         last = min(first + stride, num_steps)
-        state = (_advance_on_host if on_host else _advance_compiled)(step, context, state, first, last)
-        if progress is not None:
+        if not on_host:
+            state = _loop(step, last - first, context, state, np.int32(first))
+        else:
+            advance = _call if is_traced else _donating_call
+            for i in range(first, last):
+                state = advance(step, context, state, np.int32(i))
+        if progress is not None and not is_traced:
             jax.block_until_ready(state)
             progress(last)
     return state
@@ -243,9 +244,9 @@ def restart(
     The first restarts of a longer run are the shorter run, so more restarts are never weaker.
 
     Args:
-        init: `(context, keys [B], best) -> state`.
-        step: `(context, state, i) -> state`.
-        finish: `(context, state) -> Candidate`, at least as good as the `best` given to `init`.
+        init: see the module's docstring, as for `step` and `finish`.
+        step: one iteration.
+        finish: its candidate must be at least as good as the `best` given to `init`.
         context: pytree of arrays that stays fixed.
         keys: one per example, shape `[B]`.
         best: the strongest candidate so far.
@@ -262,15 +263,21 @@ def restart(
     if num_steps < 1 or num_restarts < 1:
         raise ValueError(f"num_steps={num_steps} and num_restarts={num_restarts} must both be at least 1.")
 
-    def attempt(r: ArrayLike, best: Candidate) -> Candidate:
-        state = _call(init, context, _call(_fold, keys, r), best)
-        return _call(finish, context, iterate(step, context, state, num_steps, loop=loop))
-
+    functions = init, step, finish
     if num_restarts > 1 and _is_traced((context, keys, best)) and loop != "host":
-        return jax.lax.fori_loop(0, num_restarts, attempt, best)
+        return _loop_attempts(functions, num_steps, num_restarts, context, keys, best)
     for r in range(num_restarts):
-        best = attempt(np.int32(r), best)
+        best = _attempt(functions, num_steps, loop, context, keys, best, np.int32(r))
     return best
+
+
+def _attempt(
+    functions: tuple[Callable, Callable, Callable], num_steps: int, loop: Loop, context: PyTree, keys: Key,
+    best: Candidate, r: ArrayLike,
+) -> Candidate:
+    init, step, finish = functions
+    state = _call(init, context, _call(_fold, keys, r), best)
+    return _call(finish, context, iterate(step, context, state, num_steps, loop=loop))
 
 
 def _fold(keys: Key, r: Array) -> Key:
@@ -291,16 +298,21 @@ def _lies_on_cpu(tree: PyTree) -> bool:
     return all(device.platform == "cpu" for array in arrays for device in array.devices())
 
 
+# Module-level, with static functions, so that compilations are cached; inside an outer `jit` they are inlined.
 _call = jax.jit(lambda fn, *args: fn(*args), static_argnums=0)
 _donating_call = jax.jit(lambda fn, context, state, i: fn(context, state, i), static_argnums=0, donate_argnums=2)
 
 
-def _advance_on_host(step: Callable[..., PyTree], context: PyTree, state: PyTree, first: int, last: int) -> PyTree:
-    for i in range(first, last):
-        state = _donating_call(step, context, state, np.int32(i))
-    return state
+@partial(jax.jit, static_argnums=(0, 1))
+def _loop(step: Callable[..., PyTree], num_steps: int, context: PyTree, state: PyTree, first: Array) -> PyTree:
+    # With static ends the loop becomes a scan, through which gradients flow.
+    return jax.lax.fori_loop(0, num_steps, lambda i, carry: step(context, carry, first + i.astype(np.int32)), state)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance_compiled(step: Callable[..., PyTree], context: PyTree, state: PyTree, first: int, last: int) -> PyTree:
-    return jax.lax.fori_loop(first, last, lambda i, carry: step(context, carry, i), state)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _loop_attempts(
+    functions: tuple[Callable, Callable, Callable], num_steps: int, num_restarts: int, context: PyTree, keys: Key,
+    best: Candidate,
+) -> Candidate:
+    attempt = partial(_attempt, functions, num_steps, "compiled", context, keys)
+    return jax.lax.fori_loop(0, num_restarts, lambda r, carry: attempt(carry, r), best)

@@ -5,16 +5,17 @@ error, and that is at most the certified error, all counted on the same examples
 an attack or in the bookkeeping, and no table is made of it.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from rdx import bounds
 from rdx.balls import Ball
-from rdx.types import Array, AttackResult, Key, LogitsFn
+from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
 # (key, logits_fn, x, labels, *, ball, index) -> AttackResult
 Attack: TypeAlias = Callable[..., AttackResult]
@@ -24,7 +25,8 @@ class ContradictionError(AssertionError):
     """A certificate and an attack, or a certificate and the clean prediction, contradict each other."""
 
 
-class Evaluation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
     """Per-example results over `N` examples.
 
     Attributes:
@@ -59,7 +61,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    key: Key, logits_fn: LogitsFn, x: Array, labels: Array, *, ball: Ball, attacks: Mapping[str, Attack],
+    key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
     method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
@@ -90,17 +92,17 @@ def evaluate(
         ContradictionError: where an example is certified and broken.
         ValueError: on inputs or labels that do not fit.
     """
-    report = on_progress or (lambda stage, done, total: None)
-    index = np.arange(len(labels), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    labels = np.asarray(labels)
-    prediction, certified, margin_lower = _certify(logits_fn, x, labels, ball, method, batch_size, report)
-    counted = np.arange(len(labels)) < (len(labels) if num_attacked is None else num_attacked)
-    is_correct = prediction == labels
+    report = on_progress or (lambda *_: None)
+    label = np.asarray(labels)
+    index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
+    prediction, certified, margin_lower = _certify(logits_fn, x, label, ball, method, batch_size, report)
+    counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
+    is_correct = prediction == label
     checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
     attacked = (counted & is_correct & ~certified) | checked
-    found = _attack(key, logits_fn, x, labels, ball, attacks, np.flatnonzero(attacked), index, batch_size, report)
+    found = _attack(key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report)
     result = Evaluation(
-        index=index, label=labels, prediction=prediction, certified=certified, margin_lower=margin_lower,
+        index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
         attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
         adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
     )

@@ -1,7 +1,7 @@
 """Records: what tables and plots are made of. One JSON and one NPZ per evaluation, written atomically."""
 
 import dataclasses
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import math
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore[reportAttributeAccessIssue]
         "commit": _commit(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -82,7 +82,7 @@ def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with _replacing(directory / f"{name}.npz") as path, open(path, "wb") as file:
-        np.savez_compressed(file, **result._asdict())
+        np.savez_compressed(file, **dataclasses.asdict(result))
     content = {"schema_version": _SCHEMA_VERSION, "name": name, **record, "environment": environment()}
     with _replacing(directory / f"{name}.json") as path:
         Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
@@ -94,7 +94,7 @@ def read(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], 
     if not (directory / f"{name}.json").exists():
         return None
     with np.load(directory / f"{name}.npz") as arrays:
-        result = Evaluation(**{field: arrays[field] for field in Evaluation._fields})
+        result = Evaluation(**{field: arrays[field] for field in arrays.files})
     return json.loads((directory / f"{name}.json").read_text()), result
 
 

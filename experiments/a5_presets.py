@@ -1,0 +1,176 @@
+"""Settings of `experiments.a5_tables`: what each data set and preset trains, attacks and certifies."""
+
+import dataclasses
+
+from rdx import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How one network (or one set of perturbations) is optimised, in epochs.
+
+    Attributes:
+        epochs: passes over the training set (for A5/O: updates of every image).
+        warmup: epochs at radius 0, that is on clean inputs.
+        ramp: epochs in which the radius rises to its final value; 0 to start there.
+        learning_rate: of RMSProp with decay 0.99, as in A5's code.
+        decay: epochs after which the learning rate falls by 10.
+        batch_size: examples per update.
+    """
+
+    epochs: int
+    warmup: int
+    ramp: int
+    learning_rate: float
+    decay: tuple[int, ...]
+    batch_size: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One table's worth of runs; radii are in units of [0, 1].
+
+    Attributes:
+        dataset: name of the data set.
+        preset: "smoke" (seconds, every branch), "cpu" (two cores) or "paper" (the paper's networks and schedules).
+        eps_attack: radii `eps_A` of the attacker.
+        eps_classifier: radii `eps_A^C` that classifiers are trained for.
+        eps_defense: radii `eps_D` of the defender.
+        eps_robustify: radii `eps_A^R` that robustification prepares for; empty for `eps_A^R = eps_A`.
+        classifier: the network `C`.
+        robustifier: the network `R`.
+        base: schedule of the classifiers.
+        offline: schedule of A5/O.
+        online: schedule of A5/R.
+        joint: schedule of A5/RC, which starts where A5/R ended.
+        shift: augmentation of A5/RC: largest shift in pixels.
+        rotation: augmentation of A5/RC: largest rotation in degrees.
+        flip: augmentation of A5/RC: whether images are mirrored at random.
+        num_attacked: how many test images are counted and, unless certified, attacked.
+        cross_check: how many certified images are attacked nevertheless.
+        pgd_steps: steps of PGD.
+        pgd_restarts: restarts of PGD.
+        apgd_steps: steps of APGD with cross entropy.
+        num_train: training images used; None for all.
+        num_test: test images used; None for all.
+        seed: of everything random.
+    """
+
+    dataset: str
+    preset: str
+    eps_attack: tuple[float, ...]
+    eps_classifier: tuple[float, ...]
+    eps_defense: tuple[float, ...]
+    classifier: models.ConvNet
+    robustifier: models.Robustifier
+    base: Schedule
+    offline: Schedule
+    online: Schedule
+    joint: Schedule
+    eps_robustify: tuple[float, ...] = ()
+    shift: int = 4
+    rotation: float = 10.0
+    flip: bool = False
+    num_attacked: int = 1000
+    cross_check: int = 100
+    pgd_steps: int = 40
+    pgd_restarts: int = 3
+    apgd_steps: int = 100
+    num_train: int | None = None
+    num_test: int | None = None
+    seed: int = 0
+
+
+def config(dataset: str, preset: str) -> Config:
+    """Looks up the settings of a data set and preset.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    builders = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10}
+    if dataset not in builders:
+        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    if preset not in {"smoke", "cpu", "paper"}:
+        raise ValueError(f"Unknown preset {preset!r}: use smoke, cpu or paper.")
+    settings = builders[dataset](preset)
+    return _smoke(settings) if preset == "smoke" else settings
+
+
+def _smoke(settings: Config) -> Config:
+    def once(schedule: Schedule) -> Schedule:
+        ramp, warmup = min(schedule.ramp, 1), min(schedule.warmup, 1)
+        return dataclasses.replace(schedule, epochs=3, warmup=warmup, ramp=ramp, decay=(), batch_size=32)
+
+    return dataclasses.replace(
+        settings, preset="smoke", eps_classifier=settings.eps_classifier[:1], eps_attack=settings.eps_attack[:1],
+        eps_defense=settings.eps_defense[-1:], eps_robustify=settings.eps_robustify[:1],
+        base=once(settings.base), offline=once(settings.offline), online=once(settings.online),
+        joint=once(settings.joint), num_attacked=24, cross_check=4, pgd_steps=4, pgd_restarts=2, apgd_steps=5,
+        num_train=128, num_test=48,
+    )
+
+
+def _digits(preset: str) -> Config:
+    del preset  # the paper has no such set: one size
+    return Config(
+        dataset="digits", preset="cpu", eps_attack=(0.1,), eps_classifier=(0.1,), eps_defense=(0.05, 0.1, 0.2, 0.3),
+        classifier=models.digits_cnn(), robustifier=models.mnist_robustifier(),
+        base=Schedule(60, 5, 30, 1e-3, (45, 55), 64), offline=Schedule(60, 0, 0, 0.05, (40,), 360),
+        online=Schedule(30, 0, 3, 2e-3, (22,), 64), joint=Schedule(40, 0, 3, 1e-3, (25, 35), 64),
+        shift=1, rotation=5.0, num_attacked=360,
+    )
+
+
+def _mnist(preset: str) -> Config:
+    if preset == "paper":
+        return _paper_mnist("mnist", models.a5_classifier())
+    return Config(
+        dataset="mnist", preset="cpu", eps_attack=(0.1,), eps_classifier=(0.1,), eps_defense=(0.1, 0.3),
+        classifier=models.small_cnn(), robustifier=models.mnist_robustifier(),
+        base=Schedule(16, 1, 8, 1e-3, (12, 15), 128), offline=Schedule(40, 0, 0, 0.05, (30,), 500),
+        online=Schedule(4, 0, 1, 2e-3, (3,), 128), joint=Schedule(8, 0, 1, 1e-3, (5, 7), 128),
+        shift=2, rotation=10.0,
+    )
+
+
+def _fashion_mnist(preset: str) -> Config:
+    if preset == "paper":
+        # As released: the standard deviation is 2, not 0.5.
+        return _paper_mnist("fashion_mnist", models.a5_classifier().clone(mean=(0.5,), std=(2.0,)))
+    return dataclasses.replace(_mnist(preset), dataset="fashion_mnist")
+
+
+def _paper_mnist(dataset: str, classifier: models.ConvNet) -> Config:
+    released = Schedule(100, 2, 18, 1e-3, (25, 42))
+    return Config(
+        dataset=dataset, preset="paper", eps_attack=(0.1, 0.3), eps_classifier=(0.0, 0.1, 0.2, 0.3, 0.4),
+        eps_defense=(0.05, 0.1, 0.2, 0.3, 0.4), classifier=classifier,
+        robustifier=models.mnist_robustifier().clone(mean=classifier.mean, std=classifier.std),
+        base=released, offline=dataclasses.replace(released, ramp=0, warmup=0), online=released, joint=released,
+        num_attacked=10_000, cross_check=1000, pgd_steps=100, pgd_restarts=10,
+    )
+
+
+def _cifar10(preset: str) -> Config:
+    pixel = 1 / 255
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    if preset == "paper":
+        released = Schedule(100, 2, 18, 1e-3, (25, 42))
+        return Config(
+            dataset="cifar10", preset="paper", eps_attack=(8 * pixel,), eps_classifier=(8 * pixel,),
+            eps_defense=tuple(n * pixel for n in (4, 8, 16, 32)),
+            eps_robustify=tuple(n * pixel for n in (4, 8, 16)),
+            classifier=models.a5_classifier().clone(mean=mean, std=std),
+            robustifier=models.cifar_robustifier().clone(mean=mean, std=std),
+            base=Schedule(200, 10, 120, 5e-4, (160, 180)), offline=dataclasses.replace(released, ramp=0, warmup=0),
+            online=released, joint=released, flip=True, rotation=0.0, num_attacked=10_000, cross_check=1000,
+            pgd_steps=100, pgd_restarts=10,
+        )
+    return Config(
+        dataset="cifar10", preset="cpu", eps_attack=(2 * pixel,), eps_classifier=(2 * pixel,),
+        eps_defense=(4 * pixel, 16 * pixel), classifier=models.small_cnn().clone(mean=mean, std=std),
+        robustifier=models.cifar_robustifier().clone(mean=mean, std=std),
+        base=Schedule(16, 1, 8, 1e-3, (12, 15), 128), offline=Schedule(40, 0, 0, 0.05, (30,), 500),
+        online=Schedule(3, 0, 1, 1e-3, (2,), 128), joint=Schedule(6, 0, 1, 5e-4, (4,), 128), flip=True, rotation=0.0,
+        num_test=2000,
+    )

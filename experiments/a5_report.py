@@ -1,0 +1,184 @@
+"""The cells of A5's tables, and the table and pictures that are made from their records."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import a5_paper
+from experiments.a5_presets import Config
+from rdx import models, plotting
+from rdx.evaluate import records, report
+
+RECIPES = {"offline": "A5/O", "online": "A5/R", "joint": "A5/RC"}
+_PAPER_TABLES = {
+    "mnist": {"base": 2, "offline": 3, "online": 4, "joint": 5}, "cifar10": {"offline": 6, "online": 7, "joint": 8},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell: a recipe and the four radii of the paper's notation."""
+
+    recipe: str
+    eps_attack: float
+    eps_classifier: float
+    eps_robustify: float
+    eps_defense: float
+
+    @property
+    def name(self) -> str:
+        """The record's name."""
+        return f"{self.training}-A{self.eps_attack:.4g}"
+
+    @property
+    def training(self) -> str:
+        """The name of what is trained, which does not depend on the attacker's radius."""
+        name = f"{self.recipe}-C{self.eps_classifier:.4g}"
+        return name if self.recipe == "base" else f"{name}-R{self.eps_robustify:.4g}-D{self.eps_defense:.4g}"
+
+
+def cells(config: Config) -> Iterator[Cell]:
+    """Lists all cells, base classifiers first and A5/RC after the A5/R that it starts from."""
+    pairs = [(attack, classifier) for attack in config.eps_attack for classifier in config.eps_classifier]
+    for attack, classifier in pairs:
+        yield Cell("base", attack, classifier, 0.0, 0.0)
+    for recipe in RECIPES:
+        for attack, classifier in pairs:
+            for robustify in config.eps_robustify or (attack,):
+                for defense in config.eps_defense:
+                    yield Cell(recipe, attack, classifier, robustify, defense)
+
+
+def line(summary: Mapping[str, Any]) -> str:
+    """Formats a cell's errors for the console."""
+    return f"{report.cell(summary)} on {summary['clean']['total']} images, certified error on all " \
+        f"{summary['certified_all']['total']}: {report.percent(summary['certified_all'])} %"
+
+
+def write(directory: Path, config: Config) -> Path:
+    """Writes `table.md` and the pictures from the records that exist; returns the directory."""
+    found = {}
+    for cell in cells(config):
+        record = records.read(directory / "records", cell.name)
+        if record is not None:
+            found[cell] = record[0]
+    text = "\n\n".join([_heading(config, found), *_tables(config, found), _notes(config)])
+    report.write_text(directory / "table.md", text)
+    _draw_errors(directory, config, found)
+    for cell in found:
+        _draw_triplets(directory, cell)
+    print(text)
+    print(f"\nTable: {directory / 'table.md'}\nPictures: {directory}/*.png", flush=True)
+    return directory
+
+
+def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
+    first = next(iter(found.values()), None)
+    sizes = "" if first is None else (
+        f" {first['data']['train_size']} training and {first['data']['size']} test images; seed {config.seed}, one run."
+    )
+    minutes = sum(record["seconds_total"] for record in found.values()) / 60
+    return (
+        f"# A5 on {config.dataset}, preset `{config.preset}`\n\n"
+        f"Errors in percent: clean [attacked, certified], all three counted on the first "
+        f"{min(config.num_attacked, first['data']['size']) if first else config.num_attacked} test images; \"all\" is "
+        f"the certified error on the whole test set, by CROWN-IBP and IBP together (in parentheses: by IBP alone).\n"
+        f"{sizes} Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}. "
+        f"{minutes:.0f} minutes in all."
+    )
+
+
+def _describe(module: Any) -> str:
+    convs = "-".join(f"conv{c.channels}({c.kernel}x{c.kernel}, s{c.stride})" for c in module.convs)
+    if isinstance(module, models.Robustifier):
+        return convs
+    return f"{convs}-" + "-".join(f"fc{width}" for width in (*module.dense, module.num_classes))
+
+
+def _tables(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> Iterator[str]:
+    for recipe, title in {"base": "Base classifiers", **RECIPES}.items():
+        chosen = {cell: record for cell, record in found.items() if cell.recipe == recipe}
+        if not chosen:
+            continue
+        number = _PAPER_TABLES.get(config.dataset, {}).get(recipe)
+        header = ["eps_A", "eps_A^C", "eps_A^R", "eps_D", "clean [attacked, certified]", "paper", "all (IBP)", "epochs"]
+        epochs = str(getattr(config, recipe).epochs)
+        rows = [[*_radii(cell), *_results(config, cell, record), epochs] for cell, record in chosen.items()]
+        layout = f" (layout of Table {number})" if number else ""
+        yield f"## {title}{layout}\n\n{report.markdown(header, rows)}"
+
+
+def _radii(cell: Cell) -> list[str]:
+    shown = [_radius(cell.eps_attack), _radius(cell.eps_classifier)]
+    if cell.recipe == "base":
+        return [*shown, "-", "-"]
+    return [*shown, _radius(cell.eps_robustify), _radius(cell.eps_defense)]
+
+
+def _radius(eps: float) -> str:
+    return f"{round(255 * eps)}/255" if abs(255 * eps - round(255 * eps)) < 1e-6 and eps < 0.13 else f"{eps:g}"
+
+
+def _results(config: Config, cell: Cell, record: Mapping[str, Any]) -> list[str]:
+    summary = record["summary"]
+    radii = {name: value for name, value in dataclasses.asdict(cell).items() if name != "recipe"}
+    quoted = a5_paper.quote(config.dataset, cell.recipe, **radii)
+    paper = "-" if quoted is None else "{:.2f} [{:.2f}, {:.2f}]".format(*quoted)
+    everything = f"{report.percent(summary['certified_all'])} ({100 * record['certified_all_by_ibp']:.2f})"
+    return [report.cell(summary), paper, everything]
+
+
+def _notes(config: Config) -> str:
+    return (
+        "Attacked: worst case per image of PGD "
+        f"({config.pgd_steps} steps, {config.pgd_restarts} restarts) and APGD with cross entropy ({config.apgd_steps} "
+        "steps) on every correct image that is not certified; "
+        f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
+        "A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per image.\n\n"
+        "The paper's column is quoted as printed: its networks are larger and trained longer, its attack is "
+        "AutoAttack, its certified error is that of IBP, and all its columns are counted on the whole test set."
+        + ("" if config.preset == "paper" else " Nothing here is a reproduction of it; the ordering is what compares.")
+    )
+
+
+def _draw_errors(directory: Path, config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> None:
+    """Draws certified error against eps_D, one picture for each attacker, classifier and eps_A^R."""
+    for base, record in found.items():
+        if base.recipe != "base":
+            continue
+        for robustify in config.eps_robustify or (base.eps_attack,):
+            series, intervals = {}, {}
+            for recipe, title in RECIPES.items():
+                wanted = dataclasses.replace(base, recipe=recipe, eps_robustify=robustify)
+                points = [c for c in found if dataclasses.replace(c, eps_defense=0.0) == wanted]
+                if not points:
+                    continue
+                rates = [found[cell]["summary"]["certified_all"] for cell in points]
+                series[title] = ([cell.eps_defense for cell in points], [100 * rate["value"] for rate in rates])
+                intervals[title] = ([100 * rate["low"] for rate in rates], [100 * rate["high"] for rate in rates])
+            plotting.curves(
+                directory / f"certified-C{base.eps_classifier:.4g}-R{robustify:.4g}-A{base.eps_attack:.4g}.png", series,
+                x_label="eps_D, budget of the defender", y_label="certified error, %", intervals=intervals,
+                heading=f"{config.dataset}: eps_A = {_radius(base.eps_attack)}, "
+                f"eps_A^C = {_radius(base.eps_classifier)}, whole test set",
+                baseline=("base classifier", 100 * record["summary"]["certified_all"]["value"]),
+            )
+
+
+def _draw_triplets(directory: Path, cell: Cell) -> None:
+    if cell.recipe == "base":
+        return
+    with np.load(directory / "records" / f"{cell.name}-images.npz") as images:
+        original, defended = images["original"] / np.float32(255), images["defended"].astype(np.float32)
+        titles = [
+            f"{label} {'certified' if ok else 'not certified'}"
+            for label, ok in zip(images["label"], images["certified"], strict=True)
+        ]
+    plotting.triplets(
+        directory / f"{cell.name}.png", original, defended, titles=titles, eps=cell.eps_defense,
+        heading=f"{RECIPES[cell.recipe]}, eps_D = {_radius(cell.eps_defense)}, eps_A = {_radius(cell.eps_attack)}: "
+        "original, robustified, perturbation",
+    )

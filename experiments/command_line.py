@@ -1,0 +1,31 @@
+"""Command lines from dataclasses."""
+
+import dataclasses
+import sys
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T]) -> T:
+    """Parses `sys.argv` into a dataclass whose fields are text and have defaults.
+
+    With `tyro` installed it prints help and names mistakes; without it, as on some accelerator machines, `--name value`
+    pairs are understood.
+
+    Raises:
+        SystemExit: on an unknown option.
+    """
+    try:
+        import tyro
+    except ImportError:
+        return _parse_pairs(kind, sys.argv[1:])
+    return tyro.cli(kind)
+
+
+def _parse_pairs(kind: type[T], words: list[str]) -> T:
+    known = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]) or not known.issuperset(names):
+        raise SystemExit(f"Usage: --name value pairs, with names among {', '.join(sorted(known))}.")
+    return kind(**dict(zip(names, words[1::2], strict=True)))
