@@ -113,11 +113,11 @@ def _smoke(settings: Config) -> Config:
 def _digits(preset: str) -> Config:
     del preset  # the paper has no such set: one size
     return Config(
-        dataset="digits", preset="cpu", eps_attack=(0.1,), eps_classifier=(0.1,), eps_defense=(0.05, 0.1, 0.2, 0.3),
+        dataset="digits", preset="cpu", eps_attack=(0.1,), eps_classifier=(0.1,), eps_defense=(0.1, 0.2, 0.3),
         classifier=models.digits_cnn(), robustifier=models.mnist_robustifier(),
         base=Schedule(60, 5, 30, 1e-3, (45, 55), 64), offline=Schedule(60, 0, 0, 0.05, (40,), 360),
         online=Schedule(30, 0, 3, 2e-3, (22,), 64), joint=Schedule(40, 0, 3, 1e-3, (25, 35), 64),
-        shift=1, rotation=5.0, num_attacked=360,
+        shift=0, rotation=0.0, num_attacked=360,  # a shift by 1 of 8 pixels costs more than overfitting does
     )
 
 

@@ -49,6 +49,7 @@ class Arguments:
         out: output directory; runs/a5_tables/<dataset>-<preset> if empty.
         root: directory of the published data files; RDX_DATA_DIR if empty.
         archive: a prepared .npz instead, from `python -m rdx.data.archive`.
+        split: what is robustified and evaluated: test, or validation to choose settings by.
         only: fill only cells whose name contains this text.
     """
 
@@ -57,6 +58,7 @@ class Arguments:
     out: str = ""
     root: str = ""
     archive: str = ""
+    split: str = "test"
     only: str = ""
 
 
@@ -89,19 +91,21 @@ def _prepare(arguments: Arguments) -> Run:
     settings = config(arguments.dataset, arguments.preset)
     options = {"root": arguments.root or None, "archive": arguments.archive or None}
     train = data.load(settings.dataset, "train", **options)
-    test = data.load(settings.dataset, "test", **options)
-    directory = Path(arguments.out or f"runs/a5_tables/{settings.dataset}-{settings.preset}")
-    _claim(directory, settings)
+    test = data.load(settings.dataset, arguments.split, **options)
+    suffix = "" if arguments.split == "test" else f"-{arguments.split}"
+    directory = Path(arguments.out or f"runs/a5_tables/{settings.dataset}-{settings.preset}{suffix}")
+    _claim(directory, settings, test)
     return Run(
         settings, train.take(settings.num_train or len(train)), test.take(settings.num_test or len(test)), directory,
         models.forward(settings.classifier), models.forward(settings.robustifier),
     )
 
 
-def _claim(directory: Path, settings: Config) -> None:
-    """Notes the settings in the directory, so that a run never continues another one's."""
+def _claim(directory: Path, settings: Config, test: data.Source) -> None:
+    """Notes settings and data in the directory, so that a run never continues another one's."""
     directory.mkdir(parents=True, exist_ok=True)
-    path, text = directory / "config.json", json.dumps(dataclasses.asdict(settings), indent=2, default=str)
+    claim = {**dataclasses.asdict(settings), "evaluated": test.fingerprint}
+    path, text = directory / "config.json", json.dumps(claim, indent=2, default=str)
     if path.exists() and path.read_text() != text:
         raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
     path.write_text(text)

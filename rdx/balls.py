@@ -132,9 +132,9 @@ class Ball:
         """
         if self.norm == "linf":
             lower, upper = self.limits(center)
-            draw = jax.vmap(lambda key, like: jax.random.uniform(key, like.shape, like.dtype))(keys, center)
+            draw = jax.vmap(lambda key: jax.random.uniform(key, center.shape[1:], center.dtype))(keys)
             return lower + draw * (upper - lower)
-        unit = jax.vmap(lambda key, like: _uniform_in_unit_ball(key, like, self.norm))(keys, center)
+        unit = jax.vmap(lambda key: _uniform_in_unit_ball(key, center.shape[1:], center.dtype, self.norm))(keys)
         lower, upper = self.limits(center)
         return jnp.clip(center + self.radius(center) * unit, lower, upper)
 
@@ -246,15 +246,15 @@ def _exceeded_by(values: Array, count: int) -> Array:
     return jax.lax.fori_loop(0, _NUM_BISECTIONS, halve, (jnp.zeros_like(largest), largest))[0]
 
 
-def _uniform_in_unit_ball(key: Key, like: Array, norm: str) -> Array:
+def _uniform_in_unit_ball(key: Key, shape: tuple[int, ...], dtype: jnp.dtype, norm: Norm) -> Array:
     direction_key, radius_key = jax.random.split(key)
     if norm == "l2":
-        normal = jax.random.normal(direction_key, like.shape, like.dtype)
-        share = jax.random.uniform(radius_key, (), like.dtype) ** (1.0 / like.size)
+        normal = jax.random.normal(direction_key, shape, dtype)
+        share = jax.random.uniform(radius_key, (), dtype) ** (1.0 / normal.size)
         return share * normal / jnp.sqrt(jnp.square(normal).sum())
     # |Laplace| are exponentials; with one more exponential they are spacings, uniform in the simplex (Devroye 1986).
-    laplace = jax.random.laplace(direction_key, like.shape, like.dtype)
-    rest = jax.random.exponential(radius_key, (), like.dtype)
+    laplace = jax.random.laplace(direction_key, shape, dtype)
+    rest = jax.random.exponential(radius_key, (), dtype)
     return laplace / (jnp.abs(laplace).sum() + rest)
 
 

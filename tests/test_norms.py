@@ -48,7 +48,7 @@ def test_dual_norm_bounds_the_inner_product_tightly(name, key):
 
 
 def test_unknown_norms_are_named():
-    with pytest.raises(ValueError, match="'l3'.*linf"):
+    with pytest.raises(ValueError, match=r"'l3'.*linf"):
         norms.norm(jnp.zeros((1, 2)), "l3")
     with pytest.raises(ValueError, match="'l0'"):
         norms.check("l0")

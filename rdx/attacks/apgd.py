@@ -125,14 +125,14 @@ def _windows(num_steps: int) -> Array:
 def _start(context: _Context, keys: Key, best: base.Candidate) -> _State:
     _, ball, _, x, _ = context.problem
     if ball.norm == "linf":
-        draw = jax.vmap(lambda key, like: jax.random.uniform(key, like.shape, like.dtype, -1.0))(keys, x)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1.0))(keys)
     else:
-        draw = jax.vmap(lambda key, like: jax.random.normal(key, like.shape, like.dtype))(keys, x)
+        draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
     unit = draw / norms.expand(norms.norm(draw, ball.norm), draw)
     point = ball.project(x + ball.radius(x) * unit, x)
     lowest, zeros = jnp.full_like(best.loss, -jnp.inf), jnp.zeros_like(best.success)
     peak = _Peak(point, jnp.zeros_like(point), lowest)
-    share = jnp.full(zeros.shape, 2.0, x.dtype)
+    share = jnp.full_like(best.loss, 2.0, dtype=x.dtype)
     return _State(point, point, share, peak, lowest, ~zeros, lowest, zeros.astype(jnp.int32), best)
 
 

@@ -31,6 +31,7 @@ from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn, PyTree
 
 Loop: TypeAlias = Literal["auto", "host", "compiled"]
+_Functions: TypeAlias = tuple[Callable[..., PyTree], Callable[..., PyTree], Callable[..., "Candidate"]]
 
 
 class Problem(NamedTuple):
@@ -156,6 +157,10 @@ def ascend(ball: Ball, center: Array, point: Array, gradient: Array, step_size: 
     Returns:
         The moved points, in ball and box, shape `[B, ...]`.
     """
+    if ball.norm == "l1":
+        # An l1 step moves few elements: one that the box holds back would waste it, for ever (as SLIDE avoids).
+        is_held = ((gradient > 0) & (point >= ball.high)) | ((gradient < 0) & (point <= ball.low))
+        gradient = jnp.where(is_held, 0.0, gradient)
     size = dataclasses.replace(ball, eps=step_size).radius(center)
     return ball.project(point + size * ball.ascent_direction(size * gradient), center)
 
@@ -272,8 +277,7 @@ def restart(
 
 
 def _attempt(
-    functions: tuple[Callable, Callable, Callable], num_steps: int, loop: Loop, context: PyTree, keys: Key,
-    best: Candidate, r: ArrayLike,
+    functions: _Functions, num_steps: int, loop: Loop, context: PyTree, keys: Key, best: Candidate, r: ArrayLike
 ) -> Candidate:
     init, step, finish = functions
     state = _call(init, context, _call(_fold, keys, r), best)
@@ -311,8 +315,7 @@ def _loop(step: Callable[..., PyTree], num_steps: int, context: PyTree, state: P
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _loop_attempts(
-    functions: tuple[Callable, Callable, Callable], num_steps: int, num_restarts: int, context: PyTree, keys: Key,
-    best: Candidate,
+    functions: _Functions, num_steps: int, num_restarts: int, context: PyTree, keys: Key, best: Candidate
 ) -> Candidate:
     attempt = partial(_attempt, functions, num_steps, "compiled", context, keys)
     return jax.lax.fori_loop(0, num_restarts, lambda r, carry: attempt(carry, r), best)

@@ -28,8 +28,8 @@ def pgd(
     """Climbs the loss by projected steepest ascent from a random point of the ball.
 
     `x_{k+1} = P(x_k + s * u(grad loss(x_k)))` with the projection `P` onto ball and box and the steepest direction `u`
-    of the ball's norm: the sign for linf, the normalised gradient for l2, the sign on the largest coordinates for l1.
-    The strongest input seen is returned, be it the clean one, an iterate or the last one.
+    of the ball's norm: the sign for linf, the normalised gradient for l2, the sign on the largest elements that
+    the box lets move for l1. The strongest input seen is returned, be it the clean one, an iterate or the last one.
 
     Source: Madry et al. (2018, arXiv:1706.06083, Sec. 2.1); l1 steps after Tramer & Boneh (2019, arXiv:1904.13000).
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rdx.balls import Region
+from rdx.bounds import convolution
 from rdx.bounds.graph import BILINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines
@@ -121,6 +122,9 @@ def _min_over_l1(gain: Array, low: Array, high: Array) -> Array:
 
 
 def _through_affine(op: Op, upstream: list[Array | None]) -> tuple[tuple[Array, ...], Array | None]:
+    if convolution.is_supported(op):
+        assert upstream[0] is not None
+        return (convolution.transposed(op, upstream[0]),), None
     zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]
     offsets, transpose = jax.vjp(op.apply, *zeros)
     size = next(rows.shape[0] for rows in upstream if rows is not None)
@@ -136,10 +140,11 @@ def _through_affine(op: Op, upstream: list[Array | None]) -> tuple[tuple[Array, 
 
 def _through_lines(lines: Lines, rows: Array | None) -> tuple[tuple[Array], Array]:
     assert rows is not None
-    positive, negative = jnp.maximum(rows, 0.0), jnp.minimum(rows, 0.0)
-    coefficients = positive * lines.lower_slope[None] + negative * lines.upper_slope[None]
-    return (coefficients,), _inner(positive, lines.lower_bias) + _inner(negative, lines.upper_bias)
+    is_positive = rows > 0
+    coefficients = rows * jnp.where(is_positive, lines.lower_slope[None], lines.upper_slope[None])
+    biases = [jnp.zeros((), rows.dtype) if bias is None else bias[None] for bias in (lines.lower_bias, lines.upper_bias)]
+    return (coefficients,), (rows * jnp.where(is_positive, *biases)).reshape(rows.shape[0], -1).sum(axis=1)
 
 
 def _inner(rows: Array, value: Array) -> Array:
-    return rows.reshape(rows.shape[0], -1) @ value.reshape(-1)
+    return (rows * value[None]).reshape(rows.shape[0], -1).sum(axis=1)

@@ -25,15 +25,15 @@ class Lines(NamedTuple):
 
     Attributes:
         lower_slope: slope of the lower line.
-        lower_bias: its value at 0.
+        lower_bias: its value at 0; None where the line goes through 0 everywhere.
         upper_slope: slope of the upper line.
-        upper_bias: its value at 0.
+        upper_bias: its value at 0; None where the line goes through 0 everywhere.
     """
 
     lower_slope: Array
-    lower_bias: Array
+    lower_bias: Array | None
     upper_slope: Array
-    upper_bias: Array
+    upper_bias: Array | None
 
 
 # (lower, upper) of an unstable neuron -> slope in [0, 1] of the lower line of relu.
@@ -100,9 +100,8 @@ def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float,
     chord_bias = (below - above) * safe_lower * safe_upper / width
     line = below + (above - below) * relu_lower(safe_lower, safe_upper)
     exact = jnp.where(is_on, jnp.full_like(lower, above), jnp.full_like(lower, below))
-    zero = jnp.zeros_like(lower)
-    chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, zero))
-    free_line = (jnp.where(is_unstable, line, exact), zero)
+    chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, 0.0))
+    free_line = (jnp.where(is_unstable, line, exact), None)
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
     return Lines(*free_line, *chord_line) if above >= below else Lines(*chord_line, *free_line)
 

@@ -110,6 +110,8 @@ def fit(
                 state, key, transform = _replicate((state, key, transform), batch)
                 phases = [Phase(until_step, _replicate(loss, batch)) for until_step, loss in phases]
             state, metrics = _update(_loss_at(phases, step), transform, optimizer, state, key, batch)
+            if _shares_threads(state.step):
+                jax.block_until_ready(state)
             window.metrics.append(metrics)
             done = step + 1
             is_last = done == num_steps
@@ -224,6 +226,12 @@ def _replicate(tree: PyTree, batch: PyTree) -> PyTree:
         return tree
     everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), tree)
+
+
+def _shares_threads(array: Array) -> bool:
+    # XLA's virtual CPU devices share one thread pool, where steps in flight together deadlock in their all-reduces.
+    devices = array.devices()
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
 @contextlib.contextmanager

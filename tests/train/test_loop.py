@@ -134,6 +134,19 @@ def test_eight_devices_equal_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), single, spread)
 
 
+def test_many_steps_on_virtual_devices_do_not_deadlock():
+    # Steps in flight together abort the process after 40 seconds.
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = {"x": jax.random.uniform(jax.random.key(0), (64, 8, 8, 1)), "labels": jnp.arange(64, dtype=jnp.int32) % 10}
+    batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    model = models.digits_cnn()
+    optimizer = optax.adam(1e-3)
+    state = train.init_state(model.init(jax.random.key(1), batch["x"])["params"], {}, optimizer)
+    _, history = train.fit(standard.cross_entropy(models.forward(model)), state, optimizer, lambda step: batch,
+                           key=jax.random.key(2), num_steps=150, log_every=150, progress=False)
+    assert history[0]["step"] == 150
+
+
 def test_arrays_held_by_a_loss_follow_the_mesh():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = {"x": jax.device_put(jnp.ones(8), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))}
