@@ -142,8 +142,8 @@ def _through_lines(lines: Lines, rows: Array | None) -> tuple[tuple[Array], Arra
     assert rows is not None
     is_positive = rows > 0
     coefficients = rows * jnp.where(is_positive, lines.lower_slope[None], lines.upper_slope[None])
-    biases = [jnp.zeros((), rows.dtype) if bias is None else bias[None] for bias in (lines.lower_bias, lines.upper_bias)]
-    return (coefficients,), (rows * jnp.where(is_positive, *biases)).reshape(rows.shape[0], -1).sum(axis=1)
+    lower_bias, upper_bias = (0.0 if bias is None else bias[None] for bias in (lines.lower_bias, lines.upper_bias))
+    return (coefficients,), (rows * jnp.where(is_positive, lower_bias, upper_bias)).reshape(len(rows), -1).sum(axis=1)
 
 
 def _inner(rows: Array, value: Array) -> Array:
