@@ -3,15 +3,16 @@
 All functions take per-example results (`[N]`, bool) and return Python floats; `mask [N]` drops padded rows.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from rdx.types import ArrayLike
 
 
-class Rate(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rate:
     """A proportion with its Wilson interval.
 
     Attributes:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from rdx.types import Array, Norm
 
-_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+_DUAL: dict[str, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def flatten(x: Array) -> Array:

@@ -45,7 +45,7 @@ def summarize(result: Evaluation, attacks: tuple[str, ...] = ()) -> dict[str, An
     }
     largest_class = np.bincount(result.prediction).max() / len(result.prediction)
     return {
-        **{name: rate._asdict() for name, rate in shown.items()},
+        **{name: dataclasses.asdict(rate) for name, rate in shown.items()},
         "num_attacked": int(result.attacked.sum()),
         "num_certified_attacked": int((result.attacked & result.certified).sum()),
         "broken_by": {name: int((result.broken_by == i).sum()) for i, name in enumerate(attacks)},

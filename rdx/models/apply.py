@@ -88,7 +88,6 @@ class Forward:
         return logits_fn(self.model, {"params": params, **model_state}, **static)
 
 
-@functools.cache
 def forward(model: nn.Module) -> Forward:
     """Builds `(params, model_state, x, *, train) -> (logits, model_state)`, the form in which losses take a model.
 
@@ -96,7 +95,7 @@ def forward(model: nn.Module) -> Forward:
         model: a linen module; its fields must be hashable (tuples, not lists).
 
     Returns:
-        The model's `Forward`, one and the same for equal models.
+        The model's `Forward`; those of equal models are equal.
     """
     return Forward(model)
 

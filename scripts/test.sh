@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Runs every test; further arguments go to pytest. RDX_SLOW=1 includes the slow ones, RDX_DATA_DIR the real data sets.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install_rdx test
+.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup "$@"
