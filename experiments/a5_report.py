@@ -59,7 +59,10 @@ def line(summary: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, config: Config) -> Path:
-    """Writes `table.md` and the pictures from the records that exist; returns the directory."""
+    """Writes `table.md` and the pictures from the records that exist; returns the directory.
+
+    The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
+    """
     found = {}
     for cell in cells(config):
         record = records.read(directory / "records", cell.name)
@@ -71,7 +74,8 @@ def write(directory: Path, config: Config) -> Path:
     for cell in found:
         _draw_triplets(directory, cell)
     print(text)
-    print(f"\nTable: {directory / 'table.md'}\nPictures: {directory}/*.png", flush=True)
+    minutes = sum(record["seconds_total"] for record in found.values()) / 60
+    print(f"\nTable: {directory / 'table.md'}\nPictures: {directory}/*.png\n{minutes:.0f} minutes in all", flush=True)
     return directory
 
 
@@ -80,14 +84,12 @@ def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     sizes = "" if first is None else (
         f" {first['data']['train_size']} training and {first['data']['size']} test images; seed {config.seed}, one run."
     )
-    minutes = sum(record["seconds_total"] for record in found.values()) / 60
     return (
         f"# A5 on {config.dataset}, preset `{config.preset}`\n\n"
         f"Errors in percent: clean [attacked, certified], all three counted on the first "
         f"{min(config.num_attacked, first['data']['size']) if first else config.num_attacked} test images; \"all\" is "
         f"the certified error on the whole test set, by CROWN-IBP and IBP together (in parentheses: by IBP alone).\n"
-        f"{sizes} Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}. "
-        f"{minutes:.0f} minutes in all."
+        f"{sizes} Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}."
     )
 
 

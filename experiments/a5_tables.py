@@ -33,7 +33,7 @@ from experiments.a5_presets import Config, Schedule, config
 from rdx import attacks, bounds, data, models, robustify
 from rdx.balls import Ball
 from rdx.bounds import Threat
-from rdx.evaluate import evaluate, records
+from rdx.evaluate import evaluate, records, report
 from rdx.train import certified, schedules, standard
 from rdx.train.loop import Phase, fit, init_state
 from rdx.types import Array, Key, LogitsFn, PyTree
@@ -106,9 +106,9 @@ def _claim(directory: Path, settings: Config, test: data.Source) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     claim = {**dataclasses.asdict(settings), "evaluated": test.fingerprint}
     path, text = directory / "config.json", json.dumps(claim, indent=2, default=str)
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text().rstrip() != text:
         raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
-    path.write_text(text)
+    report.write_text(path, text)
 
 
 def _fill(run: Run, cell: a5_report.Cell) -> None:
@@ -220,7 +220,8 @@ def _fit(
     if history:
         last = {key: f"{value:.4g}" for key, value in history[-1].items()}
         print(f"  {name}: {last}", flush=True)
-    return state.params
+    # Training leaves them on every device of the mesh, evaluation happens on one.
+    return jax.device_put(state.params, jax.local_devices()[0])
 
 
 @functools.cache

@@ -27,13 +27,11 @@ def triplets(
         heading: title of the picture.
         num_columns: triplets in a row.
     """
-    pyplot = _pyplot()
     originals, defended = np.asarray(originals), np.asarray(defended)
     deltas = np.clip(0.5 + 0.5 * (defended - originals) / max(eps, 1e-12), 0.0, 1.0)
     num_rows = -(-len(originals) // num_columns)
-    figure, axes = pyplot.subplots(
-        num_rows, 3 * num_columns, figsize=(0.85 * 3 * num_columns, 1.12 * num_rows + 0.5), squeeze=False
-    )
+    figure = _figure(0.85 * 3 * num_columns, 1.12 * num_rows + 0.5)
+    axes = figure.subplots(num_rows, 3 * num_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, images in enumerate(zip(originals, defended, deltas, strict=True)):
@@ -64,8 +62,8 @@ def curves(
         intervals: name -> (lower ends, upper ends), drawn as bars.
         baseline: name and value of a horizontal reference.
     """
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(5.6, 3.6))
+    figure = _figure(5.6, 3.6)
+    axis = figure.subplots()
     for (name, (xs, ys)), colour in zip(series.items(), _COLOURS * 4, strict=False):
         axis.plot(xs, ys, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
         if intervals and name in intervals:
@@ -83,17 +81,14 @@ def curves(
     _save(figure, path)
 
 
-def _pyplot() -> Any:
-    import matplotlib as mpl
+def _figure(width: float, height: float) -> Any:
+    # Not pyplot: that would need a backend and keep the figure.
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height))
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     temporary = f"{os.fspath(path)}.partial"
     figure.savefig(temporary, dpi=150, format="png")
     os.replace(temporary, path)
-    _pyplot().close(figure)

@@ -24,7 +24,7 @@ def ours(net, method, relu, x, labels):
     import jax.numpy as jnp
     from jax.tree_util import Partial
 
-    from rdx import balls, bounds, losses, margins
+    from rdx import balls, bounds, compilation, losses, margins
 
     relu_lower = {"adaptive": bounds.relaxations.adaptive, "same-slope": bounds.relaxations.same_slope}[relu]
 
@@ -44,9 +44,9 @@ def ours(net, method, relu, x, labels):
     params = jax.tree.map(jnp.asarray, net.init())
     batch = jnp.asarray(x), jnp.asarray(labels), jnp.float32(EPS)
     if not method.endswith("training step"):
-        bound = jax.jit(lower)
+        bound = jax.jit(lower, compiler_options=compilation.cpu_options())
         return lambda: {"bounds": bound(params, *batch)}
-    update, state = jax.jit(step), {"params": params}
+    update, state = jax.jit(step, compiler_options=compilation.cpu_options()), {"params": params}
 
     def run():
         loss, state["params"] = update(state["params"], *batch)

@@ -6,6 +6,7 @@ BatchNorm statistics, biases and casts into constants), and writes piecewise-lin
 affine operations, known by the names below, and nonlinear ones, for which `rdx.bounds.relaxations` has rules.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from rdx.types import Array, PyTree
 MONOTONE = frozenset({
     "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "cumsum",
     "dynamic_slice", "expand_dims", "gather", "pad", "reduce_sum", "reduce_window_sum", "reshape", "rev", "select_n",
-    "slice", "split", "squeeze", "transpose",
+    "slice", "split", "squeeze", "stack", "tile", "transpose", "unstack",
 })
 # Linear in either operand, so affine while only one of them is perturbed.
 BILINEAR = frozenset({"conv_general_dilated", "dot_general", "mul"})
@@ -142,7 +143,7 @@ def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
         raise ValueError(f"Bounds are of functions with one output array, this one returns {len(closed.out_avals)}.")
     nodes = tuple(Node(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
     tracer = _Tracer()
-    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *jax.tree.leaves(args)))
+    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *jax.tree.leaves(args)), "an unknown line")
     return Graph(nodes, tuple(_reachable(tracer.ops, output)), output)
 
 
@@ -153,42 +154,47 @@ class _Tracer:
         self.ops: list[Op] = []
         self.comparisons: dict[Node, tuple[str, Value, Value]] = {}
 
-    def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
+    def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value], caller: str) -> list[Value]:
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
         def read(atom: Any) -> Value:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            # Inside a jitted library function an equation knows no line of the user's: that of the call stands in.
+            source = source_info_util.summarize(eqn.source_info) or caller
+            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars], source)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, inputs: list[Value]) -> Sequence[Value]:
+    def equation(self, eqn: Any, inputs: list[Value], source: str) -> Sequence[Value]:
         name = eqn.primitive.name
         if name in _CALLS:
             body = next(eqn.params[key] for key in _BODIES if key in eqn.params)
             jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, jex.ClosedJaxpr) else (body, ())
-            return self.run(jaxpr, consts, inputs)
+            return self.run(jaxpr, consts, inputs, source)
 
         def fn(*values: Array) -> tuple[Array, ...]:
             out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
             return tuple(out) if eqn.primitive.multiple_results else (out,)
 
         if not any(isinstance(value, Node) for value in inputs):
-            return fn(*inputs)  # pyright: ignore[reportArgumentType]
-        rewritten = self.rewrite(eqn, inputs)
+            # What is concrete stays concrete under an outer jit, so that zeros are recognised there as well.
+            is_staged = any(isinstance(value, Tracer) for value in inputs)
+            with contextlib.nullcontext() if is_staged else jax.ensure_compile_time_eval():
+                return fn(*inputs)  # pyright: ignore[reportArgumentType]
+        rewritten = self.rewrite(eqn, inputs, source)
         if rewritten is not None:
             return (rewritten,)
         outputs = tuple(Node(var.aval.shape, var.aval.dtype) for var in eqn.outvars)
         if name in _ABOVE + _BELOW:
             self.comparisons[outputs[0]] = (name, inputs[0], inputs[1])
-        self.ops.append(Op(name, fn, tuple(inputs), outputs, eqn.params, source_info_util.summarize(eqn.source_info)))
+        self.ops.append(Op(name, fn, tuple(inputs), outputs, eqn.params, source))
         return outputs
 
-    def rewrite(self, eqn: Any, inputs: list[Value]) -> Value | None:
+    def rewrite(self, eqn: Any, inputs: list[Value], source: str) -> Value | None:
         """Writes piecewise-linear functions in their normal form; None if `eqn` is something else."""
-        name, source = eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+        name = eqn.primitive.name
         if name == "stop_gradient":
             # The identity in value. As an operation its vjp would be zero, and zero coefficients are unsound.
             return inputs[0]
@@ -234,7 +240,7 @@ class _Tracer:
         if not isinstance(branch, Node):
             return 0.0 if _is_zero(branch) else None
         op = next(op for op in self.ops if branch in op.outputs)
-        if op.name == "mul" and x in op.inputs and len(op.nodes) == 1:
+        if op.name == "mul" and op.nodes == (x,):
             return next(value for value in op.inputs if not isinstance(value, Node))
         return None
 

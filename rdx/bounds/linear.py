@@ -1,6 +1,5 @@
 """Linear bounds: backward substitution through a graph, and the extreme values of a linear function over a region."""
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from rdx.balls import Region
-from rdx.bounds import convolution
-from rdx.bounds.graph import BILINEAR, Graph, Node, Op
+from rdx.bounds import transposition
+from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines
 from rdx.types import Array
@@ -20,12 +19,17 @@ _NUM_BISECTIONS = 20
 
 
 def lower_bound(
-    graph: Graph, target: Node, rows: Array, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval]
+    graph: Graph, target: Node, rows: Array, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
+    references: Mapping[Node, Array],
 ) -> Array:
-    """Bounds `rows @ target` from below by substituting backwards until only nodes with known sets are left.
+    """Bounds `<rows, target>` from below by substituting backwards until only nodes with known sets are left.
 
     At an affine operation the coefficients go through its vector-Jacobian product. At a nonlinear one, positive
     coefficients take its lower line and negative ones the upper (Zhang et al. 2018, CROWN, arXiv:1811.00866, Eq. 8).
+
+    Everything is measured from a reference point that affine operations map exactly: with `x = x_ref + d`, a line `s x
+    + b` below `f` gives `f(x) - f_ref >= s d + (s x_ref + b - f_ref)`. Biases of affine layers drop out, the sets are
+    centered, and what is summed up are small gaps rather than large terms that cancel.
 
     Args:
         graph: the traced function.
@@ -33,22 +37,27 @@ def lower_bound(
         rows: coefficients on it, shape `[S, *target.shape]`.
         lines: relaxations of the nonlinear operations to substitute through.
         sets: where substitution ends and what the value there ranges over.
+        references: from `reference_points`, for the same lines and sets.
 
     Returns:
         Lower bounds, shape `[S]`.
     """
     pending = {target: rows}
-    bound = jnp.zeros(rows.shape[0], rows.dtype)
+    bound = _sum(rows * references[target][None])
     for op in reversed(graph.ops):
         if any(node in sets for node in op.outputs) or not any(node in pending for node in op.outputs):
             continue
         upstream = [pending.pop(node, None) for node in op.outputs]
-        coefficients, bias = _through_affine(op, upstream) if op.is_affine else _through_lines(lines[op], upstream[0])
-        bound = bound if bias is None else bound + bias
+        if op.is_affine:
+            coefficients = _through_affine(op, upstream)
+        else:
+            assert upstream[0] is not None
+            coefficients, gap = _through_lines(lines[op], upstream[0], references[op.nodes[0]])
+            bound = bound + gap
         for node, value in zip(op.nodes, coefficients, strict=True):
             pending[node] = pending[node] + value if node in pending else value
     for node, value in pending.items():
-        bound = bound + minimum(value, sets[node])
+        bound = bound + deviation(value, sets[node])
     return bound
 
 
@@ -57,29 +66,53 @@ def two_sided(
 ) -> Interval:
     """Bounds every element of a node from both sides: one row per element and side; see `lower_bound`."""
     rows = jnp.eye(math.prod(node.shape), dtype=node.dtype).reshape(-1, *node.shape)
+    references = reference_points(graph, lines, sets)
     # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
-    lower = lower_bound(graph, node, rows, lines, sets)
-    upper = -lower_bound(graph, node, -rows, lines, sets)
+    lower = lower_bound(graph, node, rows, lines, sets, references)
+    upper = -lower_bound(graph, node, -rows, lines, sets, references)
     return Interval(lower.reshape(node.shape), upper.reshape(node.shape))
 
 
-def minimum(rows: Array, over: Region | Interval) -> Array:
-    """Computes `min <a, x>` over a set, for every row `a` of `rows [S, ...]`; shape `[S]`.
+def reference_points(
+    graph: Graph, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval]
+) -> dict[Node, Array]:
+    """Computes a reference value for every node between the sets and the last operation with lines or without need.
 
-    An interval, or the linf ball in a box: `<a, center> - <|a|, radius>`. The other balls in a box: see below.
+    Sets give their centers, lines the one they were made with, and affine operations map what they are given. For the
+    intermediate bounds of IBP these are the interval centers that IBP computes anyway.
     """
-    a = rows.reshape(rows.shape[0], -1)
+    references = {node: center(over) for node, over in sets.items()}
+    for op in graph.ops:
+        if op.outputs[0] in references or not all(node in references for node in op.nodes):
+            continue
+        if op.is_affine:
+            references.update(zip(op.outputs, op.apply(*(references[node] for node in op.nodes)), strict=True))
+        elif op in lines:
+            references[op.outputs[0]] = lines[op].reference
+    return references
+
+
+def center(over: Region | Interval) -> Array:
+    """Gives the point that `deviation` measures from: the middle of a box, the center of another ball."""
     if isinstance(over, Interval) or over.norm == "linf":
-        box = Interval(over.lower.reshape(-1), over.upper.reshape(-1))
-        return a @ box.center - jnp.abs(a) @ box.radius
-    center, radius = over.center.reshape(-1), over.radius.reshape(-1)
+        return 0.5 * (over.lower + over.upper)
+    return over.center
+
+
+def deviation(rows: Array, over: Region | Interval) -> Array:
+    """Computes `min <a, x - center>` over a set, for every row `a` of `rows [S, ...]`; shape `[S]`, at most 0.
+
+    An interval, or the linf ball in a box: `-<|a|, radius>`. The other balls in a box: see below.
+    """
+    if isinstance(over, Interval) or over.norm == "linf":
+        return -_sum(jnp.abs(rows) * (0.5 * (over.upper - over.lower))[None])
+    a, radius = rows.reshape(rows.shape[0], -1), over.radius.reshape(-1)
     safe = jnp.where(radius > 0, radius, 1.0)
     # delta = radius t with ||t|| <= 1: the unit ball, inside the box [low, high] that contains 0.
-    low = jnp.where(radius > 0, (over.lower.reshape(-1) - center) / safe, 0.0)
-    high = jnp.where(radius > 0, (over.upper.reshape(-1) - center) / safe, 0.0)
-    gain = a * radius[None]
-    over_ball = _min_over_l2 if over.norm == "l2" else _min_over_l1
-    return a @ center + over_ball(gain, low[None], high[None])
+    low, high = (
+        jnp.where(radius > 0, (end - over.center).reshape(-1) / safe, 0.0)[None] for end in (over.lower, over.upper)
+    )
+    return (_min_over_l2 if over.norm == "l2" else _min_over_l1)(a * radius[None], low, high)
 
 
 def _min_over_l2(gain: Array, low: Array, high: Array) -> Array:
@@ -87,14 +120,15 @@ def _min_over_l2(gain: Array, low: Array, high: Array) -> Array:
 
     `max_{m >= 0} sum_i min_{t in [low, high]} (gain_i t + m t^2 / 2) - m / 2`, with `t = clip(-gain / m, low, high)`:
     every `m` is a lower bound. Without the box the best is `m = ||gain||_2`, with it a smaller one, found by bisection
-    on `||t||_2 = 1`. By the envelope theorem the multiplier needs no gradient.
+    on `||t||_2 = 1`. By the envelope theorem neither the multiplier nor `t` inside the box needs a
+    gradient; the box does, since its ends are measured from the center.
     """
     square = jnp.square(gain).sum(axis=1)
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     is_zero = square == 0
 
     def point(m: Array) -> Array:
-        return jnp.clip(-gain / jnp.where(is_zero, 1.0, m)[:, None], low, high)
+        return jnp.clip(-lax.stop_gradient(gain) / jnp.where(is_zero, 1.0, m)[:, None], low, high)
 
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         left, right = bracket
@@ -104,7 +138,7 @@ def _min_over_l2(gain: Array, low: Array, high: Array) -> Array:
 
     start = lax.stop_gradient((jnp.zeros_like(norm), norm))
     _, m = lax.stop_gradient(lax.fori_loop(0, _NUM_BISECTIONS, halve, start))
-    t = lax.stop_gradient(point(m))
+    t = point(m)
     dual = (gain * t + 0.5 * m[:, None] * jnp.square(t)).sum(axis=1) - 0.5 * m
     return jnp.maximum(-norm, dual)
 
@@ -121,30 +155,29 @@ def _min_over_l1(gain: Array, low: Array, high: Array) -> Array:
     return -(worth * jnp.clip(1.0 - before, 0.0, room)).sum(axis=1)
 
 
-def _through_affine(op: Op, upstream: list[Array | None]) -> tuple[tuple[Array, ...], Array | None]:
-    if convolution.is_supported(op):
-        assert upstream[0] is not None
-        return (convolution.transposed(op, upstream[0]),), None
+def _through_affine(op: Op, upstream: list[Array | None]) -> tuple[Array, ...]:
+    if len(upstream) == 1 and upstream[0] is not None:
+        fast = transposition.transpose(op, upstream[0])
+        if fast is not None:
+            return (fast,)
     zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]
-    offsets, transpose = jax.vjp(op.apply, *zeros)
     size = next(rows.shape[0] for rows in upstream if rows is not None)
     rows = tuple(
         jnp.zeros((size, *node.shape), node.dtype) if given is None else given
         for given, node in zip(upstream, op.outputs, strict=True)
     )
-    coefficients = jax.vmap(transpose)(rows)
-    if len(op.nodes) == len(op.inputs) or op.name in BILINEAR | {"div"}:
-        return coefficients, None  # linear: nothing is added
-    return coefficients, functools.reduce(jnp.add, map(_inner, rows, offsets))
+    return jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)
 
 
-def _through_lines(lines: Lines, rows: Array | None) -> tuple[tuple[Array], Array]:
-    assert rows is not None
+def _through_lines(lines: Lines, rows: Array, reference: Array) -> tuple[tuple[Array], Array]:
     is_positive = rows > 0
     coefficients = rows * jnp.where(is_positive, lines.lower_slope[None], lines.upper_slope[None])
-    lower_bias, upper_bias = (0.0 if bias is None else bias[None] for bias in (lines.lower_bias, lines.upper_bias))
-    return (coefficients,), (rows * jnp.where(is_positive, lower_bias, upper_bias)).reshape(len(rows), -1).sum(axis=1)
+    gaps = (
+        slope * reference + bias - lines.reference
+        for slope, bias in ((lines.lower_slope, lines.lower_bias), (lines.upper_slope, lines.upper_bias))
+    )
+    return (coefficients,), _sum(rows * jnp.where(is_positive, *(gap[None] for gap in gaps)))
 
 
-def _inner(rows: Array, value: Array) -> Array:
-    return (rows * value[None]).reshape(rows.shape[0], -1).sum(axis=1)
+def _sum(rows: Array) -> Array:
+    return rows.reshape(rows.shape[0], -1).sum(axis=1)

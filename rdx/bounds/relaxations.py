@@ -25,17 +25,21 @@ class Lines(NamedTuple):
 
     Attributes:
         lower_slope: slope of the lower line.
-        lower_bias: its value at 0; None where the line goes through 0 everywhere.
+        lower_bias: its value at 0.
         upper_slope: slope of the upper line.
-        upper_bias: its value at 0; None where the line goes through 0 everywhere.
+        upper_bias: its value at 0.
+        reference: a value of the function that substitution may measure from, any number.
     """
 
     lower_slope: Array
-    lower_bias: Array | None
+    lower_bias: Array
     upper_slope: Array
-    upper_bias: Array | None
+    upper_bias: Array
+    reference: Array
 
 
+# Slope and bias of the lower line, then of the upper one.
+Ends: TypeAlias = tuple[Array, Array, Array, Array]
 # (lower, upper) of an unstable neuron -> slope in [0, 1] of the lower line of relu.
 SlopeFn: TypeAlias = Callable[[Array, Array], Array]
 
@@ -74,8 +78,10 @@ def relax(op: graph.Op, bounds: Interval, relu_lower: SlopeFn) -> Lines:
         The lines, elementwise.
     """
     if op.name == graph.PIECEWISE_LINEAR:
-        return _relax_piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
-    return _relax_s_shaped(bounds, *_S_SHAPED[op.name])
+        ends = _relax_piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
+    else:
+        ends = _relax_s_shaped(bounds, *_S_SHAPED[op.name])
+    return Lines(*ends, reference=propagate(op, bounds).center)
 
 
 def propagate(op: graph.Op, bounds: Interval) -> Interval:
@@ -89,7 +95,7 @@ def propagate(op: graph.Op, bounds: Interval) -> Interval:
     return Interval(lower, upper)
 
 
-def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Lines:
+def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Ends:
     lower, upper = bounds
     is_on, is_off = lower >= 0, upper <= 0
     is_unstable = ~(is_on | is_off)
@@ -101,9 +107,9 @@ def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float,
     line = below + (above - below) * relu_lower(safe_lower, safe_upper)
     exact = jnp.where(is_on, jnp.full_like(lower, above), jnp.full_like(lower, below))
     chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, 0.0))
-    free_line = (jnp.where(is_unstable, line, exact), None)
+    free_line = (jnp.where(is_unstable, line, exact), jnp.zeros_like(lower))
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
-    return Lines(*free_line, *chord_line) if above >= below else Lines(*chord_line, *free_line)
+    return (*free_line, *chord_line) if above >= below else (*chord_line, *free_line)
 
 
 def _logistic_slope(x: Array) -> Array:
@@ -121,12 +127,12 @@ _S_SHAPED: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array], f
 }
 
 
-def _relax_s_shaped(bounds: Interval, fn: Callable, slope: Callable, at_zero: float) -> Lines:
+def _relax_s_shaped(bounds: Interval, fn: Callable, slope: Callable, at_zero: float) -> Ends:
     lower, upper = bounds
     upper_slope, upper_bias = _line_above(lower, upper, fn, slope)
     # f(x) = 2 f(0) - f(-x): the lower line is the upper one of the mirrored interval, turned about (0, f(0)).
     lower_slope, mirrored_bias = _line_above(-upper, -lower, fn, slope)
-    return Lines(lower_slope, 2.0 * at_zero - mirrored_bias, upper_slope, upper_bias)
+    return lower_slope, 2.0 * at_zero - mirrored_bias, upper_slope, upper_bias
 
 
 def _line_above(lower: Array, upper: Array, fn: Callable, slope: Callable) -> tuple[Array, Array]:
@@ -176,7 +182,8 @@ def check(ops: tuple[graph.Op, ...]) -> None:
     for op in ops:
         if op.is_affine or op.name == graph.PIECEWISE_LINEAR or op.name in _S_SHAPED:
             continue
-        reason = "of two perturbed values" if op.name in graph.BILINEAR | {"div"} else "of a perturbed value"
+        reason = "of two perturbed values" if op.name in graph.BILINEAR else "of a perturbed value"
+        reason = "by a perturbed value" if op.name == "div" else reason
         supported = sorted({*graph.AFFINE, *_S_SHAPED, "abs", "max", "min", "stop_gradient"})
         raise graph.UnsupportedPrimitiveError(
             f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Rewrite the function with "

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rdx import bounds
-from rdx.balls import Ball
+from rdx.balls import Ball, check_labels
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
 # (key, logits_fn, x, labels, *, ball, index) -> AttackResult
@@ -32,12 +33,13 @@ class Evaluation:
     Attributes:
         index: place in the data set, int32.
         label: true class.
-        prediction: class predicted for the (defended) input.
+        prediction: class predicted for the (defended) input; -1 where a logit is NaN, which is always wrong.
         certified: certified at the attacker's radius, with the allowance for rounding.
         margin_lower: the least certified margin.
         attacked: whether any attack was run on the example.
         broken: wrong clean, or made wrong by some attack; meaningful where `counted`.
-        adversarial_prediction: class predicted for the strongest input found; the clean one where none was tried.
+        adversarial_prediction: class predicted for the strongest input found, -1 where a logit is NaN; the clean one
+            where none was tried.
         distance: norm of the strongest perturbation tried.
         forwards: forward passes spent by all attacks.
         gradients: gradients spent by all attacks.
@@ -76,7 +78,7 @@ def evaluate(
         logits_fn: `x [B, ...] -> logits [B, K]`; a `Partial`, so that compilations are shared.
         x: inputs, shape `[N, ...]`.
         labels: shape `[N]`, int.
-        ball: the attacker's ball.
+        ball: the attacker's ball; one `eps` for all examples.
         attacks: by name, each `(key, logits_fn, x, labels, *, ball, index) -> AttackResult`, weakest first.
         method: how to certify.
         num_attacked: size of the counted subset; all by default.
@@ -90,16 +92,17 @@ def evaluate(
 
     Raises:
         ContradictionError: where an example is certified and broken.
-        ValueError: on inputs or labels that do not fit.
+        ValueError: on inputs, labels or a ball that do not fit, or an attack that leaves the ball.
     """
     report = on_progress or (lambda *_: None)
     label = np.asarray(labels)
+    _check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     prediction, certified, margin_lower = _certify(logits_fn, x, label, ball, method, batch_size, report)
     counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
     is_correct = prediction == label
     checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
-    attacked = (counted & is_correct & ~certified) | checked
+    attacked = ((counted & is_correct & ~certified) | checked) & bool(attacks)
     found = _attack(key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report)
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
@@ -126,6 +129,20 @@ def check(result: Evaluation) -> None:
             )
 
 
+def _check_inputs(logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball) -> None:
+    if np.ndim(ball.eps) and np.shape(ball.eps)[0] != 1:
+        raise ValueError(f"eps has shape {np.shape(ball.eps)}: errors are counted at one radius, give a scalar.")
+    ball.check(x)
+    check_labels(labels, x, jax.eval_shape(logits_fn, x[:1]).shape[1])
+
+
+def _check_attacked(name: str, x_adv: Array, x: Array, ball: Ball) -> None:
+    # Room for the rounding of x + delta, and no more.
+    roomy = dataclasses.replace(ball, eps=1.0001 * ball.eps + 1e-6)
+    if not bool(roomy.contains(x_adv, x).all()):
+        raise ValueError(f"Attack {name!r} left the ball or the box: project, or apply `attacks.limit` to its result.")
+
+
 def _certify(
     logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, batch_size: int, report: Callable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,10 +150,8 @@ def _certify(
     parts = []
     for start in range(0, len(labels), batch_size):
         rows = _fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
-        ball.check(x[rows])
-        logits, certificate = _predict_and_certify(partial, x[rows], labels[rows], ball, method)
-        worst = certificate.margins_lower.min(axis=1)
-        values = (logits.argmax(axis=1), certificate.certified, worst)
+        predicted, certificate = _predict_and_certify(partial, x[rows], labels[rows], ball, method)
+        values = (predicted, certificate.certified, certificate.margins_lower.min(axis=1))
         parts.append([np.asarray(value)[: len(labels) - start] for value in values])
         report("certify", min(start + batch_size, len(labels)), len(labels))
     prediction, certified, margin_lower = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -146,7 +161,8 @@ def _certify(
 def _predict(logits_fn: LogitsFn, x: Array) -> Array:
     # The same precision as the certificate's: the two must speak of one function.
     with jax.default_matmul_precision("highest"):
-        return logits_fn(x)
+        logits = logits_fn(x)
+    return jnp.where(jnp.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
 
 
 def _predict_and_certify_eagerly(
@@ -179,7 +195,8 @@ def _attack(
             # Few sizes are compiled: the next power of two up to the batch size.
             filled = _fill(taken, min(batch_size, 1 << (len(taken) - 1).bit_length()))
             result = attack(attack_key, partial, x[filled], labels[filled], ball=ball, index=index[filled])
-            predicted = np.asarray(_predict_compiled(partial, result.x_adv).argmax(axis=1))[: len(taken)]
+            _check_attacked(name, result.x_adv, x[filled], ball)
+            predicted = np.asarray(_predict_compiled(partial, result.x_adv))[: len(taken)]
             # Success is what a fresh forward pass at full precision says, not what the attack believes.
             success = predicted != labels[taken]
             found["success"][taken] = success

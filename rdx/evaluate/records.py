@@ -43,7 +43,7 @@ def summarize(result: Evaluation, attacks: tuple[str, ...] = ()) -> dict[str, An
         "clean_all": metrics.rate(is_wrong),
         "certified_all": metrics.rate(~result.certified),
     }
-    largest_class = np.bincount(result.prediction).max() / len(result.prediction)
+    largest_class = np.unique(result.prediction, return_counts=True)[1].max() / len(result.prediction)
     return {
         **{name: dataclasses.asdict(rate) for name, rate in shown.items()},
         "num_attacked": int(result.attacked.sum()),
@@ -71,7 +71,8 @@ def environment() -> dict[str, Any]:
 def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any], result: Evaluation) -> None:
     """Writes `name.npz` with the per-example results, then `name.json` with everything else.
 
-    The JSON appears last and by renaming, so a record that can be read is complete.
+    The JSON appears last and by renaming, so a record that can be read is complete. An older record of the same name
+    disappears first.
 
     Args:
         directory: where to; made if absent.
@@ -81,6 +82,7 @@ def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").unlink(missing_ok=True)
     with _replacing(directory / f"{name}.npz") as path, open(path, "wb") as file:
         np.savez_compressed(file, **dataclasses.asdict(result))
     content = {"schema_version": _SCHEMA_VERSION, "name": name, **record, "environment": environment()}

@@ -17,8 +17,8 @@ def is_collapsed(summary: Mapping[str, Any]) -> bool:
 
 
 def percent(rate: Mapping[str, Any]) -> str:
-    """Formats a rate as a percentage with two digits."""
-    return f"{100 * rate['value']:.2f}"
+    """Formats a rate as a percentage with two digits; a dash where nothing was counted."""
+    return f"{100 * rate['value']:.2f}" if rate["total"] else "-"
 
 
 def cell(summary: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rdx import norms
 from rdx.balls import Ball
@@ -81,5 +82,5 @@ def check_budget(defense: Ball, threat: Threat) -> None:
         ValueError: naming both boxes.
     """
     boxes = (defense.low, defense.high), (threat.ball.low, threat.ball.high)
-    if boxes[0] != boxes[1]:
+    if not all(np.array_equal(*ends) for ends in zip(*boxes, strict=True)):
         raise ValueError(f"Defender and attacker have different boxes, {boxes[0]} and {boxes[1]}: give both the same.")

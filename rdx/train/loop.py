@@ -15,6 +15,7 @@ import rich.console
 import rich.progress
 from jax.tree_util import Partial
 
+from rdx import compilation
 from rdx.checkpoints import Checkpoints
 from rdx.types import Array, Key, PyTree
 
@@ -109,7 +110,7 @@ def fit(
             if step == first:
                 state, key, transform = _replicate((state, key, transform), batch)
                 phases = [Phase(until_step, _replicate(loss, batch)) for until_step, loss in phases]
-            state, metrics = _update(_loss_at(phases, step), transform, optimizer, state, key, batch)
+            state, metrics = _compiled_update()(_loss_at(phases, step), transform, optimizer, state, key, batch)
             if _shares_threads(state.step):
                 jax.block_until_ready(state)
             window.metrics.append(metrics)
@@ -143,7 +144,13 @@ def scale_integers(key: Key, batch: PyTree) -> PyTree:
     return {**batch, "x": x.astype(jnp.float32) / jnp.iinfo(x.dtype).max}
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+@functools.cache
+def _compiled_update() -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    return jax.jit(
+        _update, static_argnames="optimizer", donate_argnames="state", compiler_options=compilation.cpu_options()
+    )
+
+
 def _update(
     loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, key: Key,
     batch: PyTree,

@@ -1,10 +1,14 @@
-"""Backward substitution through a convolution, in a form that compilers make fast in both directions.
+"""Backward substitution through convolutions and matrix products, in a form that compilers make fast both ways.
 
-The rule is a transposed convolution, `T(A, W) = d<A, W * x> / dx`. Left to automatic differentiation it is slow on
-CPUs twice over: XLA runs a convolution over dilated rows at a fraction of its speed, and the derivative of that with
-respect to the kernel slower still. So a stride `s` is resolved into `s^2` phases, which one ordinary convolution
-computes as channels (the sub-pixel convolution of Shi et al. 2016, arXiv:1609.05158), and both derivatives are written
-as what they are for a bilinear map: `dT/dA` is the convolution itself, `dT/dW` its weight gradient.
+The rule for a layer `W x` is its transpose, `T(A, W) = d<A, W x> / dx`. Left to automatic differentiation under `vmap`,
+a batch of rows keeps axes of its own, and the gradient with respect to `W` pays for them with transposed copies. Here a
+batch of rows is just more rows, folded into one axis.
+
+A transposed convolution is slow on CPUs twice over: XLA runs a convolution over dilated rows at a fraction of its
+speed, and the derivative of that with respect to the kernel slower still. So a stride `s` is resolved into `s^2`
+phases, which one ordinary convolution computes as channels (the sub-pixel convolution of Shi et al. 2016,
+arXiv:1609.05158), and both derivatives are written as what they are for a bilinear map: `dT/dA` is the convolution
+itself, `dT/dW` its weight gradient.
 """
 
 from collections.abc import Callable
@@ -18,16 +22,52 @@ from rdx.bounds.graph import Node, Op
 from rdx.types import Array
 
 
-def transposed(op: Op, rows: Array) -> Array:
-    """Maps coefficients on a convolution's output to coefficients on its perturbed input.
+def transpose(op: Op, rows: Array) -> Array | None:
+    """Maps coefficients on an operation's output to coefficients on its perturbed input.
 
     Args:
-        op: a `conv_general_dilated` whose first input is perturbed and whose kernel is constant.
+        op: any affine operation.
         rows: shape `[S, *output.shape]`.
 
     Returns:
-        Shape `[S, *input.shape]`.
+        Shape `[S, *input.shape]`; None if the operation is neither a convolution of a perturbed image nor a product of
+        a perturbed array with a matrix.
     """
+    if op.name == "conv_general_dilated" and isinstance(op.inputs[0], Node) and op.params["batch_group_count"] == 1:
+        return _convolution(op, rows)
+    if op.name == "dot_general" and isinstance(op.inputs[0], Node) and len(op.inputs[1].shape) == 2:
+        ((contracted,), (kernel_axis,)), batch_axes = op.params["dimension_numbers"]
+        return None if batch_axes[0] else _product(op, rows, contracted, kernel_axis)
+    return None
+
+
+def _product(op: Op, rows: Array, contracted: int, kernel_axis: int) -> Array:
+    kernel = op.inputs[1]
+    assert not isinstance(kernel, Node)
+    # Outputs are (free axes of the input..., free axis of the matrix).
+    matrix = kernel if kernel_axis == 1 else kernel.T
+    product = _fold_rows(lambda rows, matrix: rows @ matrix)(rows.reshape(-1, rows.shape[-1]), matrix)
+    return jnp.moveaxis(product.reshape(*rows.shape[:-1], -1), -1, 1 + contracted)
+
+
+def _fold_rows(fn: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """Makes `fn(rows [R, ...], weights)` treat a batch of rows as more rows, unless the weights are batched as well."""
+
+    @custom_vmap
+    def folded(rows: Array, weights: Array) -> Array:
+        return fn(rows, weights)
+
+    @folded.def_vmap
+    def _fold(axis_size: int, in_batched: list[bool], rows: Array, weights: Array) -> tuple[Array, bool]:
+        if in_batched[1]:
+            return jax.vmap(fn, in_axes=(0 if in_batched[0] else None, 0))(rows, weights), True
+        out = fn(rows.reshape(-1, *rows.shape[2:]), weights)
+        return out.reshape(axis_size, -1, *out.shape[1:]), True
+
+    return folded
+
+
+def _convolution(op: Op, rows: Array) -> Array:
     node, kernel = op.inputs
     assert isinstance(node, Node)
     assert not isinstance(kernel, Node)
@@ -36,13 +76,13 @@ def transposed(op: Op, rows: Array) -> Array:
     rows = rows.transpose(0, *(1 + axis for axis in (out[0], *out[2:], out[1])))
     kernel = kernel.transpose(*rhs[2:], rhs[1], rhs[0])
     node_shape = tuple(node.shape[axis] for axis in (lhs[0], *lhs[2:], lhs[1]))
-    coefficients = _transposed_fn(op, node_shape)(rows.reshape(-1, *rows.shape[2:]), kernel)
+    coefficients = _fold_rows(_transposed_convolution(op, node_shape))(rows.reshape(-1, *rows.shape[2:]), kernel)
     coefficients = coefficients.reshape(-1, *node_shape)
     order = (lhs[0], *lhs[2:], lhs[1])
     return coefficients.transpose(0, *(1 + order.index(axis) for axis in range(len(order))))
 
 
-def _transposed_fn(op: Op, node_shape: tuple[int, ...]) -> Callable[[Array, Array], Array]:
+def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Array, Array], Array]:
     rank = len(node_shape) - 2
     names = "xyzuvw"[:rank]
     layout = (f"N{names}C", f"{names}IO", f"N{names}C")
@@ -65,7 +105,7 @@ def _transposed_fn(op: Op, node_shape: tuple[int, ...]) -> Callable[[Array, Arra
     substitute = by_phases if is_plain and is_dense and has_stride else by_differentiation
 
     @jax.custom_vjp
-    def transpose(rows: Array, kernel: Array) -> Array:
+    def transposed(rows: Array, kernel: Array) -> Array:
         return substitute(rows, kernel)
 
     def forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -76,21 +116,9 @@ def _transposed_fn(op: Op, node_shape: tuple[int, ...]) -> Callable[[Array, Arra
         output, weight_vjp = jax.vjp(lambda w: convolve(cotangent, w), kernel)
         return output, weight_vjp(rows)[0]
 
-    transpose.defvjp(forward, backward)
+    transposed.defvjp(forward, backward)
 
-    # A batch of rows is just more rows: folding keeps the kernel's gradient one convolution over all of them.
-    @custom_vmap
-    def batched(rows: Array, kernel: Array) -> Array:
-        return transpose(rows, kernel)
-
-    @batched.def_vmap
-    def _fold(axis_size: int, in_batched: list[bool], rows: Array, kernel: Array) -> tuple[Array, bool]:
-        if in_batched[1]:
-            return jax.vmap(transpose, in_axes=(0 if in_batched[0] else None, 0))(rows, kernel), True
-        folded = transpose(rows.reshape(-1, *rows.shape[2:]), kernel)
-        return folded.reshape(axis_size, -1, *folded.shape[1:]), True
-
-    return batched
+    return transposed
 
 
 def _by_phases(
@@ -123,9 +151,3 @@ def _by_phases(
         (-low, extent + low - size, 0) for (low, _), extent, size in zip(padding, space, image.shape[1:], strict=False)
     ]
     return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *crop, (0, 0, 0)])
-
-
-def is_supported(op: Op) -> bool:
-    """Tells whether an operation is a convolution of a perturbed image with a constant kernel."""
-    return op.name == "conv_general_dilated" and isinstance(op.inputs[0], Node) and not isinstance(op.inputs[1], Node)
-
