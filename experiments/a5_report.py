@@ -1,6 +1,7 @@
 """The cells of A5's tables, and the table and pictures that are made from their records."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,16 @@ def write(directory: Path, config: Config) -> Path:
             found[cell] = record[0]
     text = "\n\n".join([_heading(config, found), *_tables(config, found), _notes(config)])
     report.write_text(directory / "table.md", text)
+    print(text)
+    minutes = sum(record["seconds_total"] for record in found.values()) / 60
+    print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("No pictures: matplotlib is not installed. They can be made from the records elsewhere.")
+        return directory
     _draw_errors(directory, config, found)
     for cell in found:
         _draw_triplets(directory, cell)
-    print(text)
-    minutes = sum(record["seconds_total"] for record in found.values()) / 60
-    print(f"\nTable: {directory / 'table.md'}\nPictures: {directory}/*.png\n{minutes:.0f} minutes in all", flush=True)
+    print(f"Pictures: {directory}/*.png", flush=True)
     return directory
 
 

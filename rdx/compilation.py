@@ -1,13 +1,25 @@
-"""Compiler options for programs that differentiate through bounds."""
+"""How functions meet the compiler: parameters as arguments, and options that make bounds fast on CPUs."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.tree_util import Partial
 
 # XLA's newer CPU kernels take over matrix products, single and fused, and reductions. That slows weight gradients of
 # convolutions; restricted to fused matrix products, a CROWN-IBP training step takes 0.75 (convolutional net) to 0.95
 # (dense net) of its time, and nothing measured got slower (jax 0.10.2, 2 cores).
 _OPTIONS: dict[str, bool | str] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+
+
+def as_partial(fn: Callable[..., Any]) -> Partial:
+    """Wraps a plain callable as a `jax.tree_util.Partial`, which is a pytree; a `Partial` is returned as it is.
+
+    A `Partial` over a module-level function carries its parameters as leaves: compiled code takes them as arguments and
+    is reused when they change. A plain closure has them baked in and is compiled once per closure object.
+    """
+    return fn if isinstance(fn, Partial) else Partial(fn)
 
 
 @functools.cache

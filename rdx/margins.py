@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from rdx.compilation import as_partial
 from rdx.types import Array, LogitsFn
 
 
@@ -21,7 +22,7 @@ def of(logits_fn: LogitsFn) -> Partial:
     Returns:
         A `Partial` `(x [B, ...], labels [B]) -> margins [B, K - 1]`.
     """
-    return Partial(_against_all, _as_partial(logits_fn))
+    return Partial(_against_all, as_partial(logits_fn))
 
 
 def targeted(logits_fn: LogitsFn) -> Partial:
@@ -33,7 +34,7 @@ def targeted(logits_fn: LogitsFn) -> Partial:
     Returns:
         A `Partial` `(x [B, ...], labels [B], targets [B]) -> margins [B, 1]`.
     """
-    return Partial(_against_target, _as_partial(logits_fn))
+    return Partial(_against_target, as_partial(logits_fn))
 
 
 def specification(labels: Array, num_classes: int) -> Array:
@@ -58,6 +59,3 @@ def _against_target(logits_fn: Partial, x: Array, labels: Array, targets: Array)
     row = (_one_hot(labels, logits.shape[1]) - _one_hot(targets, logits.shape[1])).astype(logits.dtype)
     return jnp.einsum("bk,bk->b", logits, row)[:, None]
 
-
-def _as_partial(fn: LogitsFn) -> Partial:
-    return fn if isinstance(fn, Partial) else Partial(fn)

@@ -17,7 +17,7 @@ and is compiled once per closure object, so build it once and keep it.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from rdx import balls, goals, norms
+from rdx import balls, compilation, goals, norms
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn, PyTree
@@ -50,11 +50,6 @@ class Candidate(NamedTuple):
     x: Array  # [B, ...]
     success: Array  # [B], bool
     loss: Array  # [B]
-
-
-def as_partial(fn: Callable[..., Any]) -> Partial:
-    """Wraps a plain callable as a `jax.tree_util.Partial`, which is a pytree; a `Partial` is returned as it is."""
-    return fn if isinstance(fn, Partial) else Partial(fn)
 
 
 def example_keys(key: Key, x: Array, index: ArrayLike | None = None) -> Key:
@@ -98,7 +93,7 @@ def begin(
     eps, low, high = (jnp.asarray(value, x.dtype) for value in (ball.eps, ball.low, ball.high))
     ball = dataclasses.replace(ball, eps=eps, low=low, high=high)
     goal = goals.misclassify() if goal is None else goal
-    problem = Problem(as_partial(logits_fn), ball, goal, x, jnp.asarray(labels))
+    problem = Problem(compilation.as_partial(logits_fn), ball, goal, x, jnp.asarray(labels))
     output, clean = _call(_forward, problem, x)
     # A goal may read any output (a detector's pair, say); a single matrix holds the logits of K classes.
     if isinstance(output, jax.Array) and output.ndim == 2 and output.shape[1] > 1:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rdx import bounds
+from rdx import bounds, compilation
 from rdx.balls import Ball, check_labels
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
@@ -95,7 +95,7 @@ def evaluate(
         ValueError: on inputs, labels or a ball that do not fit, or an attack that leaves the ball.
     """
     report = on_progress or (lambda *_: None)
-    label = np.asarray(labels)
+    label, logits_fn = np.asarray(labels), compilation.as_partial(logits_fn)
     _check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     prediction, certified, margin_lower = _certify(logits_fn, x, label, ball, method, batch_size, report)
@@ -146,11 +146,10 @@ def _check_attacked(name: str, x_adv: Array, x: Array, ball: Ball) -> None:
 def _certify(
     logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, batch_size: int, report: Callable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    partial = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     parts = []
     for start in range(0, len(labels), batch_size):
         rows = _fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
-        predicted, certificate = _predict_and_certify(partial, x[rows], labels[rows], ball, method)
+        predicted, certificate = _predict_and_certify(logits_fn, x[rows], labels[rows], ball, method)
         values = (predicted, certificate.certified, certificate.margins_lower.min(axis=1))
         parts.append([np.asarray(value)[: len(labels) - start] for value in values])
         report("certify", min(start + batch_size, len(labels)), len(labels))
@@ -185,7 +184,6 @@ def _attack(
         "distance": np.zeros(total, np.float32), "forwards": np.zeros(total, np.int64),
         "gradients": np.zeros(total, np.int64), "broken_by": np.full(total, -1, np.int64),
     }
-    partial = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     for number, (name, attack) in enumerate(attacks.items()):
         standing = rows[~found["success"][rows]]
         # A name's key is its own, whichever attacks run beside it.
@@ -194,9 +192,9 @@ def _attack(
             taken = standing[start : start + batch_size]
             # Few sizes are compiled: the next power of two up to the batch size.
             filled = _fill(taken, min(batch_size, 1 << (len(taken) - 1).bit_length()))
-            result = attack(attack_key, partial, x[filled], labels[filled], ball=ball, index=index[filled])
+            result = attack(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
             _check_attacked(name, result.x_adv, x[filled], ball)
-            predicted = np.asarray(_predict_compiled(partial, result.x_adv))[: len(taken)]
+            predicted = np.asarray(_predict_compiled(logits_fn, result.x_adv))[: len(taken)]
             # Success is what a fresh forward pass at full precision says, not what the attack believes.
             success = predicted != labels[taken]
             found["success"][taken] = success

@@ -95,7 +95,7 @@ def fit(
         ValueError: where the phases do not cover the run, or the directory holds a longer run.
     """
     phases = _check_phases(loss, num_steps)
-    transform = _as_partial(scale_integers if transform is None else transform)
+    transform = compilation.as_partial(scale_integers if transform is None else transform)
     # The step donates its state: without a copy the caller's arrays would be gone.
     state = jax.tree.map(jnp.copy, state)
     history: list[dict[str, float]] = []
@@ -206,15 +206,12 @@ def _check_phases(loss: TrainLoss | Sequence[Phase], num_steps: int) -> tuple[Ph
     ends = [num_steps if phase.until_step is None else phase.until_step for phase in phases]
     if not ends or ends[-1] < num_steps or any(phase.until_step is None for phase in phases[:-1]):
         raise ValueError(f"The phases end at steps {ends}, the run at {num_steps}: let the last one alone end at None.")
-    return tuple(Phase(phase.until_step, _as_partial(phase.loss)) for phase in phases)
-
-
-def _as_partial(fn: Callable[..., Any]) -> Partial:
-    return fn if isinstance(fn, Partial) else Partial(fn)
+    return tuple(Phase(phase.until_step, compilation.as_partial(phase.loss)) for phase in phases)
 
 
 def _loss_at(phases: Sequence[Phase], step: int) -> Partial:
-    return next(_as_partial(phase.loss) for phase in phases if phase.until_step is None or step < phase.until_step)
+    current = next(phase for phase in phases if phase.until_step is None or step < phase.until_step)
+    return compilation.as_partial(current.loss)
 
 
 def _resume(saves: Checkpoints | None, state: TrainState, num_steps: int) -> TrainState:
