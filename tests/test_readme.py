@@ -1,0 +1,26 @@
+"""The README's example runs as it stands, and its two commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_example_runs_and_its_assertion_holds():
+    (code,) = re.findall(r"```python\n(.*?)```", (_ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["lower"].shape == (64, 9)
+    assert names["found"].success.any()
+
+
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh"])
+def test_the_commands_exist(script):
+    assert f"bash {script}" in (_ROOT / "README.md").read_text()
+    assert (_ROOT / script).exists()
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "bash scripts/test.sh" in (_ROOT / ".ci" / "run").read_text()
