@@ -77,6 +77,37 @@ def test_the_mixture_is_its_definition(key):
     np.testing.assert_allclose(metrics["certified_error"], (np.asarray(interval) <= 0).any(axis=1).mean(), atol=1e-6)
 
 
+def test_losses_are_the_shared_objective(key):
+    forward, params, state, batch = _net("cnn", key)
+    x, labels = batch["x"], batch["labels"]
+    logits_fn = forward.logits_fn(params, state)
+    objective = jax.jit(bounds.phased_objective)
+    values = []
+    for build, has_crown in ((certified.mixed, True), (certified.ibp, False)):
+        threat = bounds.Threat(BALL, RAMP, 0.2, has_crown=has_crown)
+        expected, metrics = objective(threat, logits_fn(x), logits_fn, x, labels, QUARTER)
+        loss, (_, found) = _value(build(forward, BALL, eps=RAMP, kappa_end=0.2), params, state, batch, QUARTER)
+        np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+        assert set(found) == {"loss", *metrics}
+        for name, value in metrics.items():
+            np.testing.assert_allclose(found[name], value.mean(), rtol=1e-5, err_msg=name)
+            assert found[name].dtype == jnp.float32
+        values.append(float(loss))
+    assert values[1] > values[0] + 1e-3
+
+
+def test_masked_rows_do_not_count(key):
+    forward, params, state, batch = _net("cnn", key)
+    loss = certified.mixed(forward, BALL, eps=RAMP, kappa_end=0.2)
+    part = {name: value[:4] for name, value in batch.items()}
+    masked = {**batch, "mask": jnp.arange(6) < 4}
+    expected, (_, wanted) = _value(loss, params, state, part, QUARTER)
+    found, (_, metrics) = _value(loss, params, state, masked, QUARTER)
+    assert abs(float(_value(loss, params, state, batch, QUARTER)[0]) - float(expected)) > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, wanted)
+
+
 def test_mixed_ends_as_ibp_without_clean_loss(key):
     forward, params, state, batch = _net("cnn", key)
     ends = [_value(build(forward, BALL, eps=RAMP), params, state, batch, END)[1][1]

@@ -1,0 +1,194 @@
+"""A5's tables from end to end on the embedded digits: records, table, pictures; and two kills on the way."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import killed_run
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import a5_presets, a5_report, a5_tables
+from rdx.evaluate import ContradictionError, records, report
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a5_tables, "config", killed_run.settings)
+        return killed_run.run(tmp_path_factory.mktemp("a5") / "straight")
+
+
+def _cells():
+    return list(a5_report.cells(killed_run.settings("digits", "smoke")))
+
+
+def _again(directory, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a5_tables, "config", killed_run.settings)
+        return a5_tables.main(a5_tables.Arguments(**{"preset": "smoke", "out": str(directory), **changes}))
+
+
+def test_the_table_has_every_recipe(finished):
+    text = (finished / "table.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Base classifiers", "A5/O", "A5/R", "A5/RC"]
+    rows = re.findall(r"^\| 0\.05 .*$", text, re.MULTILINE)
+    assert len(rows) == len(_cells()) == 4
+    assert all(re.search(r"\d\d?\.\d\d \[\d\d?\.\d\d, \d+\.\d\d\]", row) for row in rows)
+    assert "collapsed" not in text
+    assert "minutes" not in text
+
+
+def test_every_record_is_complete_and_keeps_the_invariant(finished):
+    attacked = 0
+    for cell in _cells():
+        record, result = records.read(finished / "records", cell.name)
+        summary = record["summary"]
+        assert summary == json.loads(json.dumps(records.summarize(result, ("pgd", "apgd"))))
+        assert summary["clean"]["count"] <= summary["attacked"]["count"] <= summary["certified"]["count"]
+        assert summary["clean"]["total"] == 24
+        assert summary["certified_all"]["total"] == 48
+        assert summary["certified_all"]["value"] <= record["certified_all_by_ibp"] + 1e-9
+        assert not (result.certified & result.broken).any()
+        assert record["cell"]["recipe"] == cell.recipe
+        assert record["config"]["classifier"]["convs"] == [[8, 3, 2]]
+        assert record["config"]["base"]["epochs"] == 6
+        assert len(record["data"]["fingerprint"]) == 64
+        assert record["attacks"]["pgd"] == {"num_steps": 4, "num_restarts": 2}
+        assert 0 < record["seconds_training"] < record["seconds_total"]
+        attacked += summary["num_attacked"]
+    assert attacked > 10
+
+
+def test_robustified_images_lie_in_the_ball_and_help(finished):
+    errors = {}
+    for cell in _cells():
+        record, _ = records.read(finished / "records", cell.name)
+        errors[cell.recipe] = record["summary"]["certified_all"]["count"]
+        with np.load(finished / "records" / f"{cell.name}-images.npz") as images:
+            moved = np.abs(images["defended"].astype(np.float32) - images["original"] / np.float32(255)).max()
+        # The pictures are stored in half precision.
+        assert moved <= cell.eps_defense + 1e-3
+        assert (moved > 0.05) == (cell.recipe != "base")
+    assert errors["offline"] < errors["joint"] < errors["online"] < errors["base"]
+
+
+def test_pictures(finished):
+    names = {f"{cell.name}.png" for cell in _cells() if cell.recipe != "base"} | {"certified-C0.05-R0.05-A0.05.png"}
+    assert {path.name for path in finished.glob("*.png")} == names
+    for name in names:
+        with Image.open(finished / name) as image:
+            assert min(image.size) > 200
+
+
+def test_a_second_call_recomputes_nothing(finished, monkeypatch):
+    text = (finished / "table.md").read_bytes()
+    stamps = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
+
+    def never(*args, **options):
+        raise AssertionError("recomputed")
+
+    for name in ("fit", "evaluate"):
+        monkeypatch.setattr(a5_tables, name, never)
+    start = time.monotonic()
+    assert _again(finished) == finished
+    assert time.monotonic() - start < 10.0
+    assert (finished / "table.md").read_bytes() == text
+    assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == stamps
+
+
+def test_a_directory_of_other_settings_is_refused(finished):
+    before = (finished / "config.json").read_text()
+    for changes in ({"preset": "cpu"}, {"split": "validation"}):
+        with pytest.raises(ValueError, match="other settings"):
+            _again(finished, **changes)
+    assert (finished / "config.json").read_text() == before
+
+
+def test_mistakes_are_named(tmp_path):
+    for changes, message in (
+        ({"dataset": "imagenet"}, "use one of digits"), ({"preset": "fast"}, "smoke, cpu or paper"),
+        ({"split": "all"}, "Unknown split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            a5_tables.main(a5_tables.Arguments(**{"out": str(tmp_path / "x"), **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_out_of_order_makes_no_table(finished, tmp_path):
+    name = _cells()[0].name
+    record, result = records.read(finished / "records", name)
+    record["summary"]["attacked"]["count"] = record["summary"]["certified"]["count"] + 1
+    del record["environment"]
+    records.write(tmp_path / "records", name, record, result)
+    with pytest.raises(ContradictionError):
+        a5_report.write(tmp_path, killed_run.settings("digits", "smoke"))
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_only_fills_the_cells_that_are_named(tmp_path, finished):
+    directory = _again(tmp_path / "part", only="base")
+    assert {path.name for path in (directory / "records").glob("*.json")} == {"base-C0.05-A0.05.json"}
+    part, whole = ((path / "table.md").read_text() for path in (directory, finished))
+    assert "A5/O" not in part.split("Attacked:")[0]
+    assert re.findall(r"^\| 0\.05 .*$", part, re.MULTILINE) == re.findall(r"^\| 0\.05 .*$", whole, re.MULTILINE)[:1]
+
+
+def _live_until_killed(directory, where):
+    script = str(pathlib.Path(killed_run.__file__))
+    cache = jax.config.jax_compilation_cache_dir
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    process = subprocess.run([sys.executable, script, str(directory), where], cwd=ROOT, env=environment, timeout=300,
+                             capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr[-2000:]
+
+
+def test_a_run_killed_twice_ends_with_the_same_table(finished, tmp_path):
+    directory = tmp_path / "killed"
+    _live_until_killed(directory, killed_run.TRAINING)
+    checkpoints = (directory / "checkpoints" / "classifier-0.05").iterdir()
+    saved = {int(path.name) for path in checkpoints if path.name.isdigit()}
+    assert saved == {100}
+    assert not list(directory.glob("records/*.json"))
+    _live_until_killed(directory, killed_run.EVALUATION)
+    assert [path.name for path in directory.glob("records/*.json")] == ["base-C0.05-A0.05.json"]
+    assert not (directory / "table.md").exists()
+    _again(directory)
+    assert (directory / "table.md").read_bytes() == (finished / "table.md").read_bytes()
+    for cell in _cells():
+        (_, straight), (_, resumed) = (records.read(path / "records", cell.name) for path in (finished, directory))
+        for name in ("prediction", "certified", "broken", "attacked", "margin_lower", "adversarial_prediction"):
+            np.testing.assert_array_equal(getattr(resumed, name), getattr(straight, name), err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.a5_tables", "--preset", "smoke", "--out", str(tmp_path / "smoke")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    settings = a5_presets.config("digits", "smoke")
+    for cell in a5_report.cells(settings):
+        record, _ = records.read(tmp_path / "smoke" / "records", cell.name)
+        assert report.cell(record["summary"])
+    assert (tmp_path / "smoke" / "table.md").exists()
+
+
+def test_cells_are_in_the_order_in_which_they_depend_on_each_other():
+    for dataset in ("mnist", "cifar10"):
+        settings = a5_presets.config(dataset, "paper")
+        cells = list(a5_report.cells(settings))
+        assert len({cell.name for cell in cells}) == len(cells)
+        num_classifiers = len(settings.eps_attack) * len(settings.eps_classifier)
+        num_robustify = len(settings.eps_robustify) or 1
+        assert len(cells) == num_classifiers * (1 + 3 * num_robustify * len(settings.eps_defense))
+        assert [cell.recipe for cell in cells[:num_classifiers]] == ["base"] * num_classifiers
+        kinds = [cell.recipe for cell in cells]
+        assert kinds.index("offline") < kinds.index("online") < kinds.index("joint")
