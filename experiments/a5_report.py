@@ -87,7 +87,7 @@ def write(directory: Path, config: Config) -> Path:
 def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     first = next(iter(found.values()), None)
     sizes = "" if first is None else (
-        f" {first['data']['train_size']} training and {first['data']['size']} test images; seed {config.seed}, one run."
+        f"{first['data']['train_size']} training and {first['data']['size']} test images; seed {config.seed}, one run."
     )
     return (
         f"# A5 on {config.dataset}, preset `{config.preset}`\n\n"
