@@ -7,10 +7,12 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
-# XLA's newer CPU kernels take over matrix products, single and fused, and reductions. That slows weight gradients of
-# convolutions; restricted to fused matrix products, a CROWN-IBP training step takes 0.75 (convolutional net) to 0.95
-# (dense net) of its time, and nothing measured got slower (jax 0.10.2, 2 cores).
-_OPTIONS: dict[str, bool | str] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+# XLA's newer CPU kernels take over matrix products and, by default, reductions. Without the reductions a CROWN-IBP
+# bound takes 0.75 of its time and a training step 0.6 (convolutional net) to 0.95 (dense net); plain IBP does not gain
+# (jax 0.10.2, 2 cores).
+_OPTIONS: dict[str, bool | str] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
 
 
 def as_partial(fn: Callable[..., Any]) -> Partial:
@@ -24,7 +26,7 @@ def as_partial(fn: Callable[..., Any]) -> Partial:
 
 @functools.cache
 def cpu_options() -> dict[str, bool | str]:
-    """Gives `jax.jit` the options under which certified training is fast on CPUs.
+    """Gives `jax.jit` the options under which CROWN bounds and certified training are fast on CPUs.
 
     Returns:
         For `jax.jit(..., compiler_options=...)`; empty on accelerators, and where the installed XLA does not know them.

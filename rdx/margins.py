@@ -40,12 +40,13 @@ def targeted(logits_fn: LogitsFn) -> Partial:
 def specification(labels: Array, num_classes: int) -> Array:
     """Builds the matrix `C [B, K - 1, K]` whose rows are `e_y - e_j`, `j != y`: margins are `C @ logits`."""
     order = jnp.arange(num_classes - 1)[None, :]
-    others = order + (order >= labels[:, None]).astype(order.dtype)
+    others = order + (order >= labels[:, None].astype(order.dtype)).astype(order.dtype)
     return _one_hot(labels, num_classes)[:, None, :] - _one_hot(others, num_classes)
 
 
 def _one_hot(labels: Array, num_classes: int) -> Array:
-    return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    # As int32: in the dtype of small labels the classes that they are compared with would wrap around.
+    return jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=jnp.float32)
 
 
 def _against_all(logits_fn: Partial, x: Array, labels: Array) -> Array:

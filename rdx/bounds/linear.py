@@ -43,13 +43,16 @@ def lower_bound(
         Lower bounds, shape `[S]`.
     """
     pending = {target: rows}
+    bent: set[Node] = set()  # nodes whose coefficients went through lines, so that every example has its own
     bound = _sum(rows * references[target][None])
     for op in reversed(graph.ops):
         if any(node in sets for node in op.outputs) or not any(node in pending for node in op.outputs):
             continue
         upstream = [pending.pop(node, None) for node in op.outputs]
+        is_bent = not op.is_affine or any(node in bent for node in op.outputs)
+        bent.update(op.nodes if is_bent else ())
         if op.is_affine:
-            coefficients = _through_affine(op, upstream)
+            coefficients = _through_affine(op, upstream, is_bent=is_bent)
         else:
             assert upstream[0] is not None
             coefficients, gap = _through_lines(lines[op], upstream[0], references[op.nodes[0]])
@@ -120,8 +123,8 @@ def _min_over_l2(gain: Array, low: Array, high: Array) -> Array:
 
     `max_{m >= 0} sum_i min_{t in [low, high]} (gain_i t + m t^2 / 2) - m / 2`, with `t = clip(-gain / m, low, high)`:
     every `m` is a lower bound. Without the box the best is `m = ||gain||_2`, with it a smaller one, found by bisection
-    on `||t||_2 = 1`. By the envelope theorem neither the multiplier nor `t` inside the box needs a
-    gradient; the box does, since its ends are measured from the center.
+    on `||t||_2 = 1`. By the envelope theorem the multiplier needs no gradient, nor does `t` inside the box; its ends
+    do, as they are measured from the center.
     """
     square = jnp.square(gain).sum(axis=1)
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
@@ -155,9 +158,9 @@ def _min_over_l1(gain: Array, low: Array, high: Array) -> Array:
     return -(worth * jnp.clip(1.0 - before, 0.0, room)).sum(axis=1)
 
 
-def _through_affine(op: Op, upstream: list[Array | None]) -> tuple[Array, ...]:
+def _through_affine(op: Op, upstream: list[Array | None], *, is_bent: bool) -> tuple[Array, ...]:
     if len(upstream) == 1 and upstream[0] is not None:
-        fast = transposition.transpose(op, upstream[0])
+        fast = transposition.transpose(op, upstream[0], are_batched=is_bent)
         if fast is not None:
             return (fast,)
     zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]

@@ -18,6 +18,8 @@ from rdx.types import Array
 
 # Bisections for tangent points: the bracket is at most the width of the interval, 30 halvings leave float32 rounding.
 _NUM_BISECTIONS = 30
+# Divisors are at least this: gradients divide by the square, which must not vanish in float32.
+_NARROW = 1e-15
 
 
 class Lines(NamedTuple):
@@ -51,7 +53,7 @@ def adaptive(lower: Array, upper: Array) -> Array:
 
 def same_slope(lower: Array, upper: Array) -> Array:
     """Takes the slope of the upper line, `u / (u - l)` (Fast-Lin; Weng et al. 2018, arXiv:1804.09699)."""
-    return upper / jnp.where(upper > lower, upper - lower, 1.0)
+    return upper / jnp.maximum(upper - lower, _NARROW)
 
 
 def zero_slope(lower: Array, upper: Array) -> Array:
@@ -101,7 +103,7 @@ def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float,
     is_unstable = ~(is_on | is_off)
     # On stable neurons the safe interval [-1, 1] stands in, so that neither value nor gradient is ever infinite.
     safe_lower, safe_upper = jnp.where(is_unstable, lower, -1.0), jnp.where(is_unstable, upper, 1.0)
-    width = safe_upper - safe_lower
+    width = jnp.maximum(safe_upper - safe_lower, _NARROW)
     chord = (above * safe_upper - below * safe_lower) / width
     chord_bias = (below - above) * safe_lower * safe_upper / width
     line = below + (above - below) * relu_lower(safe_lower, safe_upper)
