@@ -11,7 +11,8 @@ def _pick(logits: Array, labels: Array) -> Array:
 
 
 def _best_other(logits: Array, labels: Array) -> Array:
-    is_label = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    # Labels of a narrow integer type must not wrap around at the number of classes.
+    is_label = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] == labels[:, None].astype(jnp.int32)
     return jnp.where(is_label, -jnp.inf, logits).max(axis=1)
 
 

@@ -70,3 +70,10 @@ def test_worst_case_cross_entropy_formula_and_exactness():
 def test_cross_entropy_survives_huge_logits():
     assert np.isfinite(losses.cross_entropy(1e4 * LOGITS, LABELS)).all()
     assert np.isfinite(losses.worst_case_cross_entropy(jnp.array([[-1e4, 1e4]]))).all()
+
+
+def test_narrow_label_types_do_not_wrap_around():
+    logits = jax.random.normal(jax.random.key(3), (4, 300))
+    labels = jnp.array([0, 1, 44, 255])
+    for loss in (losses.margin, losses.dlr, losses.cross_entropy):
+        np.testing.assert_array_equal(loss(logits, labels.astype(jnp.uint8)), loss(logits, labels))

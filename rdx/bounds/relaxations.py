@@ -179,9 +179,15 @@ def check(ops: tuple[graph.Op, ...]) -> None:
     """Raises on the first operation that no rule covers.
 
     Raises:
-        UnsupportedPrimitiveError: naming the primitive, the user's line and what is supported.
+        UnsupportedPrimitiveError: naming the primitive, the user's line and what is supported; also where a perturbed
+            value is narrower than float32.
     """
     for op in ops:
+        if any(_is_narrow(node) for node in (*op.nodes, *op.outputs)):
+            raise graph.UnsupportedPrimitiveError(
+                f"{op.name!r} at {op.source} computes a perturbed value in half precision, whose rounding no bound "
+                "covers: evaluate the model in float32, such as with dtype=jnp.float32 in its layers."
+            )
         if op.is_affine or op.name == graph.PIECEWISE_LINEAR or op.name in _S_SHAPED:
             continue
         reason = "of two perturbed values" if op.name in graph.BILINEAR else "of a perturbed value"
@@ -191,3 +197,7 @@ def check(ops: tuple[graph.Op, ...]) -> None:
             f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Rewrite the function with "
             f"supported primitives: {', '.join(supported)}."
         )
+
+
+def _is_narrow(node: graph.Node) -> bool:
+    return jnp.issubdtype(node.dtype, jnp.floating) and jnp.finfo(node.dtype).bits < 32

@@ -113,3 +113,10 @@ def test_unperturbed_values_may_be_anything():
 def test_one_output_only(fn, method):
     with pytest.raises(ValueError, match="one output array"):
         METHODS[method](fn, REGION)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_refused(dtype):
+    # Rounding to 8 or 11 bits is far outside what certificates allow for.
+    with pytest.raises(bounds.UnsupportedPrimitiveError, match=r"float32.*layers"):
+        bounds.ibp(lambda x: (x.astype(dtype) @ jnp.ones((3, 2), dtype)).astype(jnp.float32), REGION)
