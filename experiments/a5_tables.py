@@ -128,7 +128,8 @@ def _fill(run: Run, cell: a5_report.Cell) -> None:
         ball=Ball("linf", cell.eps_attack), attacks=attack_set, num_attacked=run.config.num_attacked,
         cross_check=run.config.cross_check, on_progress=_show,
     )
-    interval = _certified_by_intervals(logits_fn, x_defended, run.test.labels, cell.eps_attack)
+    certify = functools.partial(_certified_by_intervals, logits_fn, Ball("linf", cell.eps_attack))
+    interval = np.asarray(_in_batches(certify, x_defended, jnp.asarray(run.test.labels)))
     _save_images(run, cell, x_defended, result.certified)
     summary = records.summarize(result, tuple(attack_set))
     records.write(run.directory / "records", cell.name, {
@@ -263,9 +264,9 @@ def _apply_online(robustifier: models.Forward, params: PyTree, x: Array, defense
     return robustify.online.apply(robustifier, params, x, defense=defense)
 
 
-def _certified_by_intervals(logits_fn: LogitsFn, x: Array, labels: np.ndarray, eps: float) -> np.ndarray:
-    certify = jax.jit(lambda x, y: bounds.certify(logits_fn, x, y, ball=Ball("linf", eps), method=bounds.ibp).certified)
-    return np.asarray(_in_batches(certify, x, jnp.asarray(labels)))
+@jax.jit
+def _certified_by_intervals(logits_fn: LogitsFn, ball: Ball, x: Array, labels: Array) -> Array:
+    return bounds.certify(logits_fn, x, labels, ball=ball, method=bounds.ibp).certified
 
 
 def _in_batches(fn: Callable[..., Array], *arrays: Array, batch_size: int = 1000) -> Array:

@@ -88,9 +88,7 @@ def _convolution(op: Op, rows: Array, *, are_batched: bool) -> Array:
 
 
 def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Array, Array], Array]:
-    rank = len(node_shape) - 2
-    names = "xyzuvw"[:rank]
-    layout = (f"N{names}C", f"{names}IO", f"N{names}C")
+    layout = _layout(len(node_shape) - 2)
     params = {name: value for name, value in op.params.items() if name != "dimension_numbers"}
 
     def convolve(x: Array, kernel: Array) -> Array:
@@ -104,7 +102,7 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
     def by_phases(rows: Array, kernel: Array) -> Array:
         return _by_phases(rows, kernel, params["window_strides"], params["padding"], node_shape[1:-1])
 
-    is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
+    is_plain = params["feature_group_count"] == 1
     is_dense = all(d == 1 for d in (*params["lhs_dilation"], *params["rhs_dilation"]))
     has_stride = any(stride > 1 for stride in params["window_strides"])
     substitute = by_phases if is_plain and is_dense and has_stride else by_differentiation
@@ -126,6 +124,11 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
     return transposed
 
 
+def _layout(rank: int) -> tuple[str, str, str]:
+    space = "xyzuvw"[:rank]
+    return f"N{space}C", f"{space}IO", f"N{space}C"
+
+
 def _by_phases(
     rows: Array, kernel: Array, strides: tuple[int, ...], padding: tuple[tuple[int, int], ...], space: tuple[int, ...]
 ) -> Array:
@@ -140,11 +143,8 @@ def _by_phases(
     # (q1, r1, q2, r2, ..., I, O) -> (q1, q2, ..., O, r1, r2, ..., I), and q runs backwards as in any transposition.
     kernel = kernel.transpose(*range(0, 2 * rank, 2), 2 * rank + 1, *range(1, 2 * rank, 2), 2 * rank)
     kernel = jnp.flip(kernel.reshape(*taps, channels_out, -1), axis=tuple(range(rank)))
-    names = "xyzuvw"[:rank]
-    phases = lax.conv_general_dilated(
-        rows, kernel, (1,) * rank, [(m - 1, m - 1) for m in taps],
-        dimension_numbers=(f"N{names}C", f"{names}IO", f"N{names}C"),
-    )
+    padded = [(m - 1, m - 1) for m in taps]
+    phases = lax.conv_general_dilated(rows, kernel, (1,) * rank, padded, dimension_numbers=_layout(rank))
     count, extents = phases.shape[0], phases.shape[1:-1]
     phases = phases.reshape(count, *extents, *strides, channels_in)
     interleaved = [axis for i in range(rank) for axis in (1 + i, 1 + rank + i)]
