@@ -23,6 +23,7 @@ import numpy as np
 # Thread pools spin for a while after their last task; the other side's turn begins when they sleep.
 PAUSE_S = 0.05
 WARM_UP_ROUNDS = 2
+CALLS_PER_TURN = 8
 
 
 class Conv(NamedTuple):
@@ -249,18 +250,17 @@ def seconds(run):
 
 
 def alternate(runs, rounds):
-    """Calls each run in turn, `rounds` times after warm-up; gives the median of the seconds that each returned.
+    """Calls each run in turns, `rounds` of them after warm-up; gives the median of the seconds that it returned.
 
-    A turn is two calls, of which the second counts: the first wakes this side's threads and fills its caches, as the
-    call before does in a training loop. Without it small cases mostly measure waking up.
+    A turn is several calls one after the other, as in a training loop or an evaluation: in the first few a side's
+    threads wake up and its caches fill, which for small cases would be most of what is measured.
     """
     taken = {name: [] for name in runs}
     for _ in range(WARM_UP_ROUNDS + rounds):
         for name, run in runs.items():
             time.sleep(PAUSE_S)
-            run()
-            taken[name].append(run())
-    return {name: float(np.median(values[WARM_UP_ROUNDS:])) for name, values in taken.items()}
+            taken[name].append([run() for _ in range(CALLS_PER_TURN)])
+    return {name: float(np.median(turns[WARM_UP_ROUNDS:])) for name, turns in taken.items()}
 
 
 def agreement(ours, theirs, tolerance):
@@ -283,8 +283,8 @@ def settings(arguments, peer, **extra):
         "versions": {"jax": jax.__version__, **peer.versions},
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "batch": arguments.batch,
-        "figures": f"median of {arguments.rounds} rounds, ours and theirs in turn, the second call of each turn, "
-        f"after {WARM_UP_ROUNDS} rounds to warm up",
+        "figures": f"median of all calls in {arguments.rounds} rounds, in which ours and theirs take turns of "
+        f"{CALLS_PER_TURN} calls each, after {WARM_UP_ROUNDS} rounds to warm up",
         "images": "MNIST test" if os.environ.get("RDX_DATA_DIR") else "uniform random",
         **extra,
     }

@@ -75,9 +75,9 @@ def crown(
             suffix, ends = propagation.affine_suffix(graph, node)
             is_box = all(n in sets and sets[n].norm == "linf" for n in ends)
             if is_box and sum(op.is_mixing for op in suffix) <= 1:
-                return known[node]  # one layer over a box: the interval is exact already
-            tight = linear.two_sided(graph, node, lines, sets)
-            return tight.intersect(known[node]) if intersect else tight
+                return known.intervals[node]  # one layer over a box: the interval is exact already
+            tight = linear.two_sided(graph, node, lines, sets, known.centers)
+            return tight.intersect(known.intervals[node]) if intersect else tight
 
         enter, lines = _record(substitute, relu_lower)
         return _substitute(graph, propagation.propagate(graph, regions, enter), regions, lines, intersect=intersect)
@@ -104,5 +104,5 @@ def _substitute(
 ) -> Interval:
     assert isinstance(graph.output, Node)
     sets = dict(zip(graph.inputs, regions, strict=True))
-    bounds = linear.two_sided(graph, graph.output, lines, sets)
+    bounds = linear.two_sided(graph, graph.output, lines, sets, known.centers)
     return bounds.intersect(propagation.fused(graph, known, regions)) if intersect else bounds

@@ -69,6 +69,7 @@ class Op:
         outputs: the nodes that the operation defines.
         params: the primitive's parameters, for rules that need them.
         source: the user's line that made the operation.
+        are_own: for each input, whether it is a constant that differs from example to example.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Op:
     outputs: tuple[Node, ...]
     params: dict[str, Any]
     source: str
+    are_own: tuple[bool, ...] = ()
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -97,6 +99,15 @@ class Op:
         if self.name in {"gather", "dynamic_slice"}:
             return not any(isinstance(index, Node) for index in self.inputs[1:])
         return self.name in AFFINE
+
+    @property
+    def has_own_coefficients(self) -> bool:
+        """Whether an affine operation's coefficients differ from example to example; constants that shift are none."""
+        if self.name in BILINEAR or self.name == "div":
+            return any(self.are_own)
+        if self.name == "select_n":
+            return any(self.are_own[:1])
+        return self.name in {"gather", "dynamic_slice"} and any(self.are_own[1:])
 
     @property
     def is_mixing(self) -> bool:
@@ -130,7 +141,7 @@ def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
     Args:
         fn: any JAX function that returns one array.
         x: the perturbed input, a pytree of arrays; only shapes and dtypes matter.
-        *args: constants, which may be tracers of an outer transformation.
+        *args: each example's own constants, which may be tracers of an outer transformation.
 
     Returns:
         The graph; its nodes have the shapes of this very call.
@@ -142,16 +153,19 @@ def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
     if len(closed.out_avals) != 1:
         raise ValueError(f"Bounds are of functions with one output array, this one returns {len(closed.out_avals)}.")
     nodes = tuple(Node(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
-    tracer = _Tracer()
-    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *jax.tree.leaves(args)), "an unknown line")
+    constants = jax.tree.leaves(args)
+    tracer = _Tracer(constants)
+    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *constants), "an unknown line")
     return Graph(nodes, tuple(_reachable(tracer.ops, output)), output)
 
 
 class _Tracer:
     """Interprets a jaxpr, executing constants and recording operations on nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Sequence[Array]) -> None:
         self.ops: list[Op] = []
+        # What derives from an example's own constants, by identity; the arrays stay alive, so identities are unique.
+        self.own = {id(value): value for value in own}
         self.comparisons: dict[Node, tuple[str, Value, Value]] = {}
 
     def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value], caller: str) -> list[Value]:
@@ -182,14 +196,18 @@ class _Tracer:
             # What is concrete stays concrete under an outer jit, so that zeros are recognised there as well.
             is_staged = any(isinstance(value, Tracer) for value in inputs)
             with contextlib.nullcontext() if is_staged else jax.ensure_compile_time_eval():
-                return fn(*inputs)  # pyright: ignore[reportArgumentType]
+                constants = fn(*inputs)  # pyright: ignore[reportArgumentType]
+            if any(id(value) in self.own for value in inputs):
+                self.own.update((id(value), value) for value in constants)
+            return constants
         rewritten = self.rewrite(eqn, inputs, source)
         if rewritten is not None:
             return (rewritten,)
         outputs = tuple(Node(var.aval.shape, var.aval.dtype) for var in eqn.outvars)
         if name in _ABOVE + _BELOW:
             self.comparisons[outputs[0]] = (name, inputs[0], inputs[1])
-        self.ops.append(Op(name, fn, tuple(inputs), outputs, eqn.params, source))
+        are_own = tuple(id(value) in self.own for value in inputs)
+        self.ops.append(Op(name, fn, tuple(inputs), outputs, eqn.params, source, are_own))
         return outputs
 
     def rewrite(self, eqn: Any, inputs: list[Value], source: str) -> Value | None:

@@ -43,19 +43,21 @@ def lower_bound(
         Lower bounds, shape `[S]`.
     """
     pending = {target: rows}
-    bent: set[Node] = set()  # nodes whose coefficients went through lines, so that every example has its own
+    own: set[Node] = set()  # nodes whose coefficients went through what differs from example to example
     bound = _sum(rows * references[target][None])
     for op in reversed(graph.ops):
         if any(node in sets for node in op.outputs) or not any(node in pending for node in op.outputs):
             continue
         upstream = [pending.pop(node, None) for node in op.outputs]
-        is_bent = not op.is_affine or any(node in bent for node in op.outputs)
-        bent.update(op.nodes if is_bent else ())
+        is_own = any(node in own for node in op.outputs)
+        if is_own or not op.is_affine or op.has_own_coefficients:
+            own.update(op.nodes)
         if op.is_affine:
-            coefficients = _through_affine(op, upstream, is_bent=is_bent)
+            coefficients = _through_affine(op, upstream, is_own=is_own)
         else:
             assert upstream[0] is not None
-            coefficients, gap = _through_lines(lines[op], upstream[0], references[op.nodes[0]])
+            ends = references[op.nodes[0]], references[op.outputs[0]]
+            coefficients, gap = _through_lines(lines[op], upstream[0], *ends)
             bound = bound + gap
         for node, value in zip(op.nodes, coefficients, strict=True):
             pending[node] = pending[node] + value if node in pending else value
@@ -65,11 +67,12 @@ def lower_bound(
 
 
 def two_sided(
-    graph: Graph, node: Node, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval]
+    graph: Graph, node: Node, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
+    centers: Mapping[Node, Array],
 ) -> Interval:
     """Bounds every element of a node from both sides: one row per element and side; see `lower_bound`."""
     rows = jnp.eye(math.prod(node.shape), dtype=node.dtype).reshape(-1, *node.shape)
-    references = reference_points(graph, lines, sets)
+    references = reference_points(graph, sets, centers)
     # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
     lower = lower_bound(graph, node, rows, lines, sets, references)
     upper = -lower_bound(graph, node, -rows, lines, sets, references)
@@ -77,35 +80,41 @@ def two_sided(
 
 
 def reference_points(
-    graph: Graph, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval]
+    graph: Graph, sets: Mapping[Node, Region | Interval], centers: Mapping[Node, Array]
 ) -> dict[Node, Array]:
-    """Computes a reference value for every node between the sets and the last operation with lines or without need.
+    """Computes a reference value for every node that follows from the sets.
 
-    Sets give their centers, lines the one they were made with, and affine operations map what they are given. For the
-    intermediate bounds of IBP these are the interval centers that IBP computes anyway.
+    Boxes give their centers, other balls the point that they are around. At a nonlinear operation any number will do.
+    Affine operations map what they are given: mostly the centers that propagation has mapped already, so that neither
+    the products nor their derivatives are computed twice.
+
+    Args:
+        graph: the traced function.
+        sets: where substitution ends and what the value there ranges over; a box is the interval of its node.
+        centers: centers of the intervals of all nodes before the one to bound, from propagation.
+
+    Returns:
+        A value of the node's shape for each.
     """
-    references = {node: center(over) for node, over in sets.items()}
+    references = {
+        node: centers[node] if isinstance(over, Interval) or over.norm == "linf" else over.center
+        for node, over in sets.items()
+    }
     for op in graph.ops:
         if op.outputs[0] in references or not all(node in references for node in op.nodes):
             continue
-        if op.is_affine:
+        if op.is_affine and not all(references[node] is centers[node] for node in op.nodes):
             references.update(zip(op.outputs, op.apply(*(references[node] for node in op.nodes)), strict=True))
-        elif op in lines:
-            references[op.outputs[0]] = lines[op].reference
+        elif op.outputs[0] in centers:
+            references.update({node: centers[node] for node in op.outputs})
     return references
 
 
-def center(over: Region | Interval) -> Array:
-    """Gives the point that `deviation` measures from: the middle of a box, the center of another ball."""
-    if isinstance(over, Interval) or over.norm == "linf":
-        return 0.5 * (over.lower + over.upper)
-    return over.center
-
-
 def deviation(rows: Array, over: Region | Interval) -> Array:
-    """Computes `min <a, x - center>` over a set, for every row `a` of `rows [S, ...]`; shape `[S]`, at most 0.
+    """Computes `min <a, x - reference>` over a set, for every row `a` of `rows [S, ...]`; shape `[S]`, at most 0.
 
-    An interval, or the linf ball in a box: `-<|a|, radius>`. The other balls in a box: see below.
+    An interval, or the linf ball in a box, measured from its middle: `-<|a|, radius>`. The other balls in a box,
+    measured from the point that they are around: see below.
     """
     if isinstance(over, Interval) or over.norm == "linf":
         return -_sum(jnp.abs(rows) * (0.5 * (over.upper - over.lower))[None])
@@ -158,9 +167,9 @@ def _min_over_l1(gain: Array, low: Array, high: Array) -> Array:
     return -(worth * jnp.clip(1.0 - before, 0.0, room)).sum(axis=1)
 
 
-def _through_affine(op: Op, upstream: list[Array | None], *, is_bent: bool) -> tuple[Array, ...]:
+def _through_affine(op: Op, upstream: list[Array | None], *, is_own: bool) -> tuple[Array, ...]:
     if len(upstream) == 1 and upstream[0] is not None:
-        fast = transposition.transpose(op, upstream[0], are_batched=is_bent)
+        fast = transposition.transpose(op, upstream[0], are_own=is_own)
         if fast is not None:
             return (fast,)
     zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]
@@ -172,11 +181,11 @@ def _through_affine(op: Op, upstream: list[Array | None], *, is_bent: bool) -> t
     return jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)
 
 
-def _through_lines(lines: Lines, rows: Array, reference: Array) -> tuple[tuple[Array], Array]:
+def _through_lines(lines: Lines, rows: Array, into: Array, out: Array) -> tuple[tuple[Array], Array]:
     is_positive = rows > 0
     coefficients = rows * jnp.where(is_positive, lines.lower_slope[None], lines.upper_slope[None])
     gaps = (
-        slope * reference + bias - lines.reference
+        slope * into + bias - out
         for slope, bias in ((lines.lower_slope, lines.lower_bias), (lines.upper_slope, lines.upper_bias))
     )
     return (coefficients,), _sum(rows * jnp.where(is_positive, *(gap[None] for gap in gaps)))

@@ -1,7 +1,7 @@
 """The walk that every method shares: trace one example, carry intervals forward, fuse affine ends."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,17 @@ from rdx.bounds.graph import MONOTONE, Graph, Node, Op, trace
 from rdx.bounds.interval import Interval
 from rdx.types import Array, PyTree
 
-Known: TypeAlias = dict[Node, Interval]
+
+class Known(NamedTuple):
+    """What propagation has found out about nodes.
+
+    Attributes:
+        intervals: bounds of each node.
+        centers: the middle of each interval; affine operations map those of their inputs.
+    """
+
+    intervals: dict[Node, Interval]
+    centers: dict[Node, Array]
 
 
 def per_example(method: Callable[..., Interval], fn: Callable[..., Array], region: PyTree, *args: PyTree) -> Interval:
@@ -39,20 +49,23 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
     Args:
         graph: the traced function.
         regions: one for each input.
-        enter: `(op, known) -> Interval` gives the bounds of a nonlinear operation's input, which may be tighter than
-            the ones known so far.
+        enter: `(op, known) -> Interval` gives the bounds with which a nonlinear operation is entered; they may be
+            tighter than those known of its input.
 
     Returns:
-        Intervals of all nodes.
+        Intervals of all nodes and their centers.
     """
-    known = {node: Interval(r.lower, r.upper) for node, r in zip(graph.inputs, regions, strict=True)}
+    intervals = {node: Interval(r.lower, r.upper) for node, r in zip(graph.inputs, regions, strict=True)}
+    known = Known(intervals, {node: interval.center for node, interval in intervals.items()})
     for op in graph.ops:
         if op.is_affine:
-            known.update(zip(op.outputs, _affine(op, known), strict=True))
+            centers = op.apply(*(known.centers[node] for node in op.nodes))
+            outputs = _affine(op, known, centers)
         else:
-            (node,) = op.nodes
-            known[node] = enter(op, known)
-            known[op.outputs[0]] = relaxations.propagate(op, known[node])
+            outputs = (relaxations.propagate(op, enter(op, known)),)
+            centers = (outputs[0].center,)
+        known.intervals.update(zip(op.outputs, outputs, strict=True))
+        known.centers.update(zip(op.outputs, centers, strict=True))
     return known
 
 
@@ -64,8 +77,8 @@ def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Kno
         (node,) = op.nodes
         _, ends = affine_suffix(graph, node)
         if not ends & curved:
-            return known[node]
-        return linear.two_sided(graph, node, {}, _ends(graph, known, regions))
+            return known.intervals[node]
+        return linear.two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
 
     return enter
 
@@ -79,8 +92,8 @@ def fused(graph: Graph, known: Known, regions: Sequence[Region]) -> Interval:
     suffix, ends = affine_suffix(graph, graph.output)
     is_curved = any(r.norm != "linf" and node in ends for node, r in zip(graph.inputs, regions, strict=True))
     if is_curved or sum(op.is_mixing for op in suffix) > 1:
-        return linear.two_sided(graph, graph.output, {}, _ends(graph, known, regions))
-    return known[graph.output]
+        return linear.two_sided(graph, graph.output, {}, _ends(graph, known, regions), known.centers)
+    return known.intervals[graph.output]
 
 
 def affine_suffix(graph: Graph, node: Node) -> tuple[list[Op], set[Node]]:
@@ -96,12 +109,12 @@ def affine_suffix(graph: Graph, node: Node) -> tuple[list[Op], set[Node]]:
 def _ends(graph: Graph, known: Known, regions: Sequence[Region]) -> dict[Node, Region | Interval]:
     ends: dict[Node, Region | Interval] = dict(zip(graph.inputs, regions, strict=True))
     bent = (op.outputs[0] for op in graph.ops if not op.is_affine)
-    ends.update({node: known[node] for node in bent if node in known})
+    ends.update({node: known.intervals[node] for node in bent if node in known.intervals})
     return ends
 
 
-def _affine(op: Op, known: Known) -> tuple[Interval, ...]:
-    inputs = [known[value] if isinstance(value, Node) else Interval(value, value) for value in op.inputs]
+def _affine(op: Op, known: Known, centers: Sequence[Array]) -> tuple[Interval, ...]:
+    inputs = [known.intervals[value] if isinstance(value, Node) else Interval(value, value) for value in op.inputs]
     if op.name in MONOTONE:
         lowers, uppers = op.fn(*(v.lower for v in inputs)), op.fn(*(v.upper for v in inputs))
         return tuple(map(Interval, lowers, uppers))
@@ -111,6 +124,6 @@ def _affine(op: Op, known: Known) -> tuple[Interval, ...]:
         first, second = inputs
         return (Interval(first.lower - second.upper, first.upper - second.lower),)
     # Bilinear with one constant: W c and |W| r. Division is multiplication by a reciprocal.
-    (center,) = op.apply(*(known[node].center for node in op.nodes))
-    (radius,) = op.fn(*(known[v].radius if isinstance(v, Node) else jnp.abs(v) for v in op.inputs))
+    (center,) = centers
+    (radius,) = op.fn(*(known.intervals[v].radius if isinstance(v, Node) else jnp.abs(v) for v in op.inputs))
     return (Interval(center - radius, center + radius),)

@@ -30,18 +30,14 @@ class Lines(NamedTuple):
         lower_bias: its value at 0.
         upper_slope: slope of the upper line.
         upper_bias: its value at 0.
-        reference: a value of the function that substitution may measure from, any number.
     """
 
     lower_slope: Array
     lower_bias: Array
     upper_slope: Array
     upper_bias: Array
-    reference: Array
 
 
-# Slope and bias of the lower line, then of the upper one.
-Ends: TypeAlias = tuple[Array, Array, Array, Array]
 # (lower, upper) of an unstable neuron -> slope in [0, 1] of the lower line of relu.
 SlopeFn: TypeAlias = Callable[[Array, Array], Array]
 
@@ -80,10 +76,8 @@ def relax(op: graph.Op, bounds: Interval, relu_lower: SlopeFn) -> Lines:
         The lines, elementwise.
     """
     if op.name == graph.PIECEWISE_LINEAR:
-        ends = _relax_piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
-    else:
-        ends = _relax_s_shaped(bounds, *_S_SHAPED[op.name])
-    return Lines(*ends, reference=propagate(op, bounds).center)
+        return _relax_piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
+    return _relax_s_shaped(bounds, *_S_SHAPED[op.name])
 
 
 def propagate(op: graph.Op, bounds: Interval) -> Interval:
@@ -97,7 +91,7 @@ def propagate(op: graph.Op, bounds: Interval) -> Interval:
     return Interval(lower, upper)
 
 
-def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Ends:
+def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Lines:
     lower, upper = bounds
     is_on, is_off = lower >= 0, upper <= 0
     is_unstable = ~(is_on | is_off)
@@ -111,7 +105,7 @@ def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float,
     chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, 0.0))
     free_line = (jnp.where(is_unstable, line, exact), jnp.zeros_like(lower))
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
-    return (*free_line, *chord_line) if above >= below else (*chord_line, *free_line)
+    return Lines(*free_line, *chord_line) if above >= below else Lines(*chord_line, *free_line)
 
 
 def _logistic_slope(x: Array) -> Array:
@@ -129,12 +123,12 @@ _S_SHAPED: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array], f
 }
 
 
-def _relax_s_shaped(bounds: Interval, fn: Callable, slope: Callable, at_zero: float) -> Ends:
+def _relax_s_shaped(bounds: Interval, fn: Callable, slope: Callable, at_zero: float) -> Lines:
     lower, upper = bounds
     upper_slope, upper_bias = _line_above(lower, upper, fn, slope)
     # f(x) = 2 f(0) - f(-x): the lower line is the upper one of the mirrored interval, turned about (0, f(0)).
     lower_slope, mirrored_bias = _line_above(-upper, -lower, fn, slope)
-    return lower_slope, 2.0 * at_zero - mirrored_bias, upper_slope, upper_bias
+    return Lines(lower_slope, 2.0 * at_zero - mirrored_bias, upper_slope, upper_bias)
 
 
 def _line_above(lower: Array, upper: Array, fn: Callable, slope: Callable) -> tuple[Array, Array]:

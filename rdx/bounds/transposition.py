@@ -22,13 +22,13 @@ from rdx.bounds.graph import Node, Op
 from rdx.types import Array
 
 
-def transpose(op: Op, rows: Array, *, are_batched: bool) -> Array | None:
+def transpose(op: Op, rows: Array, *, are_own: bool) -> Array | None:
     """Maps coefficients on an operation's output to coefficients on its perturbed input.
 
     Args:
         op: any affine operation.
         rows: shape `[S, *output.shape]`.
-        are_batched: the rows differ from example to example, and a `vmap` over examples is to fold them. JAX cannot
+        are_own: the rows differ from example to example, and a `vmap` over examples is to fold them. JAX cannot
             differentiate what waits for a `vmap` that never comes, so shared rows must not ask for it.
 
     Returns:
@@ -36,20 +36,20 @@ def transpose(op: Op, rows: Array, *, are_batched: bool) -> Array | None:
         a perturbed array with a matrix.
     """
     if op.name == "conv_general_dilated" and isinstance(op.inputs[0], Node) and op.params["batch_group_count"] == 1:
-        return _convolution(op, rows, are_batched=are_batched)
+        return _convolution(op, rows, are_own=are_own)
     if op.name == "dot_general" and isinstance(op.inputs[0], Node) and len(op.inputs[1].shape) == 2:
         (contracted, kernel_axes), (batch_axes, _) = op.params["dimension_numbers"]
         if len(contracted) == 1 and not batch_axes:
-            return _product(op, rows, contracted[0], kernel_axes[0], are_batched=are_batched)
+            return _product(op, rows, contracted[0], kernel_axes[0], are_own=are_own)
     return None
 
 
-def _product(op: Op, rows: Array, contracted: int, kernel_axis: int, *, are_batched: bool) -> Array:
+def _product(op: Op, rows: Array, contracted: int, kernel_axis: int, *, are_own: bool) -> Array:
     kernel = op.inputs[1]
     assert not isinstance(kernel, Node)
     # Outputs are (free axes of the input..., free axis of the matrix).
     matrix = kernel if kernel_axis == 1 else kernel.T
-    multiply = _fold_rows(jnp.matmul) if are_batched else jnp.matmul
+    multiply = _fold_rows(jnp.matmul) if are_own else jnp.matmul
     product = multiply(rows.reshape(-1, rows.shape[-1]), matrix)
     return jnp.moveaxis(product.reshape(*rows.shape[:-1], -1), -1, 1 + contracted)
 
@@ -71,7 +71,7 @@ def _fold_rows(fn: Callable[[Array, Array], Array]) -> Callable[[Array, Array], 
     return folded
 
 
-def _convolution(op: Op, rows: Array, *, are_batched: bool) -> Array:
+def _convolution(op: Op, rows: Array, *, are_own: bool) -> Array:
     node, kernel = op.inputs
     assert isinstance(node, Node)
     assert not isinstance(kernel, Node)
@@ -81,7 +81,7 @@ def _convolution(op: Op, rows: Array, *, are_batched: bool) -> Array:
     kernel = kernel.transpose(*rhs[2:], rhs[1], rhs[0])
     node_shape = tuple(node.shape[axis] for axis in (lhs[0], *lhs[2:], lhs[1]))
     transposed = _transposed_convolution(op, node_shape)
-    transposed = _fold_rows(transposed) if are_batched else transposed
+    transposed = _fold_rows(transposed) if are_own else transposed
     coefficients = transposed(rows.reshape(-1, *rows.shape[2:]), kernel).reshape(-1, *node_shape)
     order = (lhs[0], *lhs[2:], lhs[1])
     return coefficients.transpose(0, *(1 + order.index(axis) for axis in range(len(order))))

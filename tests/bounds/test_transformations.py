@@ -188,6 +188,41 @@ def test_arguments_are_constants_of_each_example(method):
         close(jax.tree.map(lambda end, i=i: end[i : i + 1], found), alone)
 
 
+# Each way in which a constant of an example meets its perturbed value, between two layers whose weights are shared.
+OWN = {
+    "add": lambda z, c: z + c,
+    "sub": lambda z, c: c - z,
+    "mul": lambda z, c: z * c,
+    "div": lambda z, c: z / (1.0 + jnp.abs(c)),
+    "dot": lambda z, c: jnp.einsum("bi,bij->bj", z, c[:, :, None] + c[:, None, :]),
+    "where": lambda z, c: jnp.where(c > 0, z, 1.0),
+    "where_value": lambda z, c: jnp.where(jnp.arange(5)[None] > 2, z, c),
+    "gather": lambda z, c: jnp.take_along_axis(z, jnp.argsort(c, axis=1), axis=1),
+    "concatenate": lambda z, c: jnp.concatenate([z[:, :2], c[:, 2:]], axis=1),
+    "max": lambda z, c: jnp.maximum(z, c),
+    "leaky": lambda z, c: jnp.where(z > 0, z, jnp.abs(c) * z),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@each_method
+def test_gradients_through_constants_of_each_example(method, name):
+    # Rows that differ from example to example are folded into one axis, rows that do not must not be.
+    x, _ = batch()
+    c = weights(4, 5, seed=3)
+    params = weights(4, 5), weights(5, 3, seed=1)
+
+    def loss(params, x, c):
+        fn = lambda x, c: OWN[name](x @ params[0], c) @ params[1]
+        lower, upper = METHODS[method](fn, Ball("linf", 0.1).region(x), c)
+        return (jnp.array([[1.0, 2.0, -1.0]]) * lower - jnp.array([[0.5, -1.0, 0.3]]) * upper).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    alone = [gradient(params, x[i : i + 1], c[i : i + 1]) for i in range(len(x))]
+    close(gradient(params, x, c), [sum(leaves) for leaves in zip(*alone, strict=True)], 1e-5)
+    assert all((leaf != 0).any() for leaf in alone[0])
+
+
 @each_method
 def test_output_that_ignores_the_input(method):
     x, labels = batch()

@@ -108,10 +108,10 @@ CASES |= {
 }
 
 
-def ours(layer, rows, kernel, *, are_batched):
+def ours(layer, rows, kernel, *, are_own):
     ops = graph.trace(layer, jnp.zeros(layer.shapes[0]), kernel).ops
     (op,) = ops
-    rows = transposition.transpose(op, rows, are_batched=are_batched)
+    rows = transposition.transpose(op, rows, are_own=are_own)
     assert rows is not None
     return rows
 
@@ -144,7 +144,7 @@ def test_transpose_is_the_vector_jacobian_product(name):
     def everything(*arguments):
         pairs = []
         for axes in (None, (0, None), (None, 0), (0, 0)):
-            mine = partial(ours, layer, are_batched=axes is not None)
+            mine = partial(ours, layer, are_own=axes is not None)
             pairs.append([values_and_gradients(fn, axes, *arguments) for fn in (mine, partial(plain, layer))])
         return pairs
 
@@ -154,9 +154,9 @@ def test_transpose_is_the_vector_jacobian_product(name):
             np.testing.assert_allclose(value, expected, rtol=0.0, atol=1e-5 * (1.0 + float(jnp.abs(expected).max())))
 
 
-@pytest.mark.parametrize("are_batched", [False, True])
+@pytest.mark.parametrize("are_own", [False, True])
 @pytest.mark.parametrize("name", ["stride_2", "plain", "groups_stride", "dense"])
-def test_gradients_of_each_example(name, are_batched):
+def test_gradients_of_each_example(name, are_own):
     layer = CASES[name]
     kernels, rows, _ = arrays(layer)
 
@@ -164,7 +164,7 @@ def test_gradients_of_each_example(name, are_batched):
         loss = lambda rows, kernel: jnp.square(jax.vmap(fn, in_axes=(0, None))(rows[None], kernel)).sum()
         return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, None)))(rows, kernels[0])
 
-    mine = gradients(partial(ours, layer, are_batched=are_batched))
+    mine = gradients(partial(ours, layer, are_own=are_own))
     for value, expected in zip(mine, gradients(partial(plain, layer)), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
 
@@ -185,10 +185,10 @@ def test_everything_else_is_left_to_differentiation():
     for name, (fn, x) in cases.items():
         (op,) = [op for op in graph.trace(fn, x).ops if op.name != "transpose"]
         rows = jnp.zeros((1, *op.outputs[0].shape))
-        assert transposition.transpose(op, rows, are_batched=False) is None, name
+        assert transposition.transpose(op, rows, are_own=False) is None, name
 
 
 def test_double_contractions_are_left_to_differentiation():
     fn = lambda x: jnp.einsum("bij,ij->b", x, weights(2, 3))
     (op,) = [op for op in graph.trace(fn, jnp.zeros((1, 2, 3))).ops if op.name == "dot_general"]
-    assert transposition.transpose(op, jnp.zeros((1, *op.outputs[0].shape)), are_batched=False) is None
+    assert transposition.transpose(op, jnp.zeros((1, *op.outputs[0].shape)), are_own=False) is None
