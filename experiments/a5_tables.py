@@ -12,9 +12,9 @@ Everything goes to `runs/a5_tables/<dataset>-<preset>/`: one JSON and NPZ per ce
 is interrupted continues with the same command and ends with the same table.
 
 Obtained (experiments/results/a5_tables), certified error on the whole test set, eps_A = eps_A^C = 0.1: MNIST `cpu`
-base 5.86 %, A5/O 3.25 and 1.28, A5/R 4.30 and 3.36, A5/RC 4.27 and 2.99 at eps_D = 0.1 and 0.3, in 55 minutes on two
-cores that were shared with other work. Expected from the paper, with its larger nets: 5.41; 1.92 and 0.70; 2.54 and
-1.54; 1.40 and 1.02. The `paper` preset has not been run yet.
+base 5.72 %, A5/O 2.98 and 1.28, A5/R 4.36 and 3.22, A5/RC 4.25 and 2.91 at eps_D = 0.1 and 0.3, in 37 minutes on two
+cores. Expected from the paper, with its larger nets: 5.41; 1.92 and 0.70; 2.54 and 1.54; 1.40 and 1.02. The `paper`
+preset has not been run yet.
 
 Attacked errors are the worst case of PGD with restarts and APGD with cross entropy (the paper: AutoAttack). Certified
 errors are those of CROWN-IBP intersected with IBP (the paper: IBP).

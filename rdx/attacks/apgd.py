@@ -130,10 +130,11 @@ def _start(context: _Context, keys: Key, best: base.Candidate) -> _State:
         draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
     unit = draw / norms.expand(norms.norm(draw, ball.norm), draw)
     point = ball.project(x + ball.radius(x) * unit, x)
-    lowest, zeros = jnp.full_like(best.loss, -jnp.inf), jnp.zeros_like(best.success)
-    peak = _Peak(point, jnp.zeros_like(point), lowest)
-    share = jnp.full_like(best.loss, 2.0, dtype=x.dtype)
-    return _State(point, point, share, peak, lowest, ~zeros, lowest, zeros.astype(jnp.int32), best)
+    # By arithmetic: under jit, `zeros_like` forgets how an array is sharded over explicit axes (jax 0.11).
+    still, lowest = point - point, jnp.minimum(best.loss, -jnp.inf)
+    zero = norms.norm(still, "linf")
+    peak = _Peak(point, still, lowest)
+    return _State(point, point, 2.0 + zero, peak, lowest, zero == 0, lowest, zero.astype(jnp.int32), best)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
