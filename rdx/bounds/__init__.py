@@ -6,9 +6,10 @@ from rdx.bounds.crown import crown, crown_ibp
 from rdx.bounds.graph import UnsupportedPrimitiveError
 from rdx.bounds.ibp import ibp
 from rdx.bounds.interval import Interval
+from rdx.bounds.relaxations import Lines, register
 from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_case
 
 __all__ = [
-    "Certificate", "Interval", "UnsupportedPrimitiveError", "WorstCase", "certify", "crown", "crown_ibp", "ibp",
-    "Threat", "phased_objective", "relaxations", "worst_case",
+    "Certificate", "Interval", "Lines", "Threat", "UnsupportedPrimitiveError", "WorstCase", "certify", "crown",
+    "crown_ibp", "ibp", "phased_objective", "register", "relaxations", "worst_case",
 ]

@@ -70,8 +70,7 @@ def crown(
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
         sets = dict(zip(graph.inputs, regions, strict=True))
 
-        def substitute(op: Op, known: propagation.Known) -> Interval:
-            (node,) = op.nodes
+        def substitute(node: Node, known: propagation.Known) -> Interval:
             suffix, ends = propagation.affine_suffix(graph, node)
             is_box = all(n in sets and sets[n].norm == "linf" for n in ends)
             if is_box and sum(op.is_mixing for op in suffix) <= 1:
@@ -79,19 +78,19 @@ def crown(
             tight = linear.two_sided(graph, node, lines, sets, known.centers)
             return tight.intersect(known.intervals[node]) if intersect else tight
 
-        enter, lines = _record(substitute, relu_lower)
+        enter, lines = _record(lambda op, known: [substitute(node, known) for node in op.nodes], relu_lower)
         return _substitute(graph, propagation.propagate(graph, regions, enter), regions, lines, intersect=intersect)
 
     return propagation.per_example(bound, fn, region, *args)
 
 
 def _record(
-    enter: Callable[[Op, propagation.Known], Interval], relu_lower: SlopeFn
-) -> tuple[Callable[[Op, propagation.Known], Interval], dict[Op, Lines]]:
+    enter: Callable[[Op, propagation.Known], list[Interval]], relu_lower: SlopeFn
+) -> tuple[Callable[[Op, propagation.Known], list[Interval]], dict[Op, Lines]]:
     """Wraps `enter` so that every nonlinear operation leaves its lines behind."""
     lines: dict[Op, Lines] = {}
 
-    def entered(op: Op, known: propagation.Known) -> Interval:
+    def entered(op: Op, known: propagation.Known) -> list[Interval]:
         bounds = enter(op, known)
         lines[op] = relaxations.relax(op, bounds, relu_lower)
         return bounds

@@ -1,7 +1,7 @@
 """Linear bounds: backward substitution through a graph, and the extreme values of a linear function over a region."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def lower_bound(
             coefficients = _through_affine(op, upstream, is_own=is_own)
         else:
             assert upstream[0] is not None
-            ends = references[op.nodes[0]], references[op.outputs[0]]
-            coefficients, gap = _through_lines(lines[op], upstream[0], *ends)
+            inputs, output = [references[node] for node in op.nodes], references[op.outputs[0]]
+            coefficients, gap = _through_lines(lines[op], upstream[0], inputs, output)
             bound = bound + gap
         for node, value in zip(op.nodes, coefficients, strict=True):
             pending[node] = pending[node] + value if node in pending else value
@@ -181,14 +181,19 @@ def _through_affine(op: Op, upstream: list[Array | None], *, is_own: bool) -> tu
     return jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)
 
 
-def _through_lines(lines: Lines, rows: Array, into: Array, out: Array) -> tuple[tuple[Array], Array]:
+def _through_lines(
+    lines: Lines, rows: Array, inputs: Sequence[Array], output: Array
+) -> tuple[tuple[Array, ...], Array]:
     is_positive = rows > 0
-    coefficients = rows * jnp.where(is_positive, lines.lower_slope[None], lines.upper_slope[None])
-    gaps = (
-        slope * into + bias - out
-        for slope, bias in ((lines.lower_slope, lines.lower_bias), (lines.upper_slope, lines.upper_bias))
+    coefficients = tuple(
+        rows * jnp.where(is_positive, lower[None], upper[None])
+        for lower, upper in zip(lines.lower_slopes, lines.upper_slopes, strict=True)
     )
-    return (coefficients,), _sum(rows * jnp.where(is_positive, *(gap[None] for gap in gaps)))
+    gaps = (
+        sum((slope * value for slope, value in zip(slopes, inputs, strict=True)), bias) - output
+        for slopes, bias in ((lines.lower_slopes, lines.lower_bias), (lines.upper_slopes, lines.upper_bias))
+    )
+    return coefficients, _sum(rows * jnp.where(is_positive, *(gap[None] for gap in gaps)))
 
 
 def _sum(rows: Array) -> Array:

@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rdx.balls import Region
-from rdx.bounds import linear, relaxations
-from rdx.bounds.graph import MONOTONE, Graph, Node, Op, trace
+from rdx.bounds import arithmetic, composites, linear, relaxations, tracing
+from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.types import Array, PyTree
 
@@ -33,7 +32,8 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
 
     def one(region: PyTree, args: PyTree) -> Interval:
         region, args = jax.tree.map(lambda leaf: leaf[None], (region, args))
-        graph = trace(fn, jax.tree.map(lambda leaf: leaf.center, region, is_leaf=is_region), *args)
+        graph = tracing.trace(fn, jax.tree.map(lambda leaf: leaf.center, region, is_leaf=is_region), *args)
+        graph = composites.fuse(graph, relaxations.has_rule)
         relaxations.check(graph.ops)
         if not isinstance(graph.output, Node):
             return Interval(graph.output[0], graph.output[0])
@@ -43,14 +43,14 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
     return jax.vmap(one)(region, args)
 
 
-def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Known], Interval]) -> Known:
+def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Known], list[Interval]]) -> Known:
     """Propagates intervals to every node.
 
     Args:
         graph: the traced function.
         regions: one for each input.
-        enter: `(op, known) -> Interval` gives the bounds with which a nonlinear operation is entered; they may be
-            tighter than those known of its input.
+        enter: `(op, known) -> [Interval, ...]` gives the bounds with which a nonlinear operation is entered; they may
+            be tighter than those known of its inputs.
 
     Returns:
         Intervals of all nodes and their centers.
@@ -60,7 +60,8 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
     for op in graph.ops:
         if op.is_affine:
             centers = op.apply(*(known.centers[node] for node in op.nodes))
-            outputs = _affine(op, known, centers)
+            inputs = [known.intervals[v] if isinstance(v, Node) else Interval(v, v) for v in op.inputs]
+            outputs = arithmetic.evaluate(op, inputs, centers)
         else:
             outputs = (relaxations.propagate(op, enter(op, known)),)
             centers = (outputs[0].center,)
@@ -69,18 +70,17 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
     return known
 
 
-def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Known], Interval]:
+def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Known], list[Interval]]:
     """Builds the `enter` of plain IBP: intervals as they are, except where an l2 or l1 ball enters directly."""
     curved = {node for node, region in zip(graph.inputs, regions, strict=True) if region.norm != "linf"}
 
-    def enter(op: Op, known: Known) -> Interval:
-        (node,) = op.nodes
+    def bound(node: Node, known: Known) -> Interval:
         _, ends = affine_suffix(graph, node)
         if not ends & curved:
             return known.intervals[node]
         return linear.two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
 
-    return enter
+    return lambda op, known: [bound(node, known) for node in op.nodes]
 
 
 def fused(graph: Graph, known: Known, regions: Sequence[Region]) -> Interval:
@@ -111,19 +111,3 @@ def _ends(graph: Graph, known: Known, regions: Sequence[Region]) -> dict[Node, R
     bent = (op.outputs[0] for op in graph.ops if not op.is_affine)
     ends.update({node: known.intervals[node] for node in bent if node in known.intervals})
     return ends
-
-
-def _affine(op: Op, known: Known, centers: Sequence[Array]) -> tuple[Interval, ...]:
-    inputs = [known.intervals[value] if isinstance(value, Node) else Interval(value, value) for value in op.inputs]
-    if op.name in MONOTONE:
-        lowers, uppers = op.fn(*(v.lower for v in inputs)), op.fn(*(v.upper for v in inputs))
-        return tuple(map(Interval, lowers, uppers))
-    if op.name == "neg":
-        return (Interval(-inputs[0].upper, -inputs[0].lower),)
-    if op.name == "sub":
-        first, second = inputs
-        return (Interval(first.lower - second.upper, first.upper - second.lower),)
-    # Bilinear with one constant: W c and |W| r. Division is multiplication by a reciprocal.
-    (center,) = centers
-    (radius,) = op.fn(*(known.intervals[v].radius if isinstance(v, Node) else jnp.abs(v) for v in op.inputs))
-    return (Interval(center - radius, center + radius),)

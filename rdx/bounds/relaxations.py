@@ -1,18 +1,20 @@
-"""Rules for nonlinear operations: how each bends an interval, and the two lines that enclose it.
+"""Relaxations: how each nonlinear operation bends an interval, and the two planes that enclose it.
 
-A relaxation of `f` on `[l, u]` is a pair of lines with `lower_slope x + lower_bias <= f(x) <= upper_slope x +
-upper_bias` there (Zhang et al. 2018, CROWN, arXiv:1811.00866, Theorem 3.2). Every division is guarded in both branches
-of its `where`, so gradients stay finite on degenerate intervals.
+A relaxation of `f` on a box is a pair of planes with `lower_slope x + lower_bias <= f(x) <= upper_slope x +
+upper_bias` there (Zhang et al. 2018, CROWN, arXiv:1811.00866, Theorem 3.2), elementwise; an operation of several
+perturbed inputs has a slope for each. Every division is guarded in both branches of its `where`, so gradients stay
+finite on degenerate intervals.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rdx.bounds import graph
+from rdx.bounds import arithmetic, composites, graph, univariate
 from rdx.bounds.interval import Interval
 from rdx.types import Array
 
@@ -23,18 +25,18 @@ _NARROW = 1e-15
 
 
 class Lines(NamedTuple):
-    """Two lines that enclose a function over an interval, elementwise.
+    """Two planes that enclose an elementwise function over a box.
 
     Attributes:
-        lower_slope: slope of the lower line.
+        lower_slopes: slope of the lower plane along each perturbed input.
         lower_bias: its value at 0.
-        upper_slope: slope of the upper line.
+        upper_slopes: slope of the upper plane along each perturbed input.
         upper_bias: its value at 0.
     """
 
-    lower_slope: Array
+    lower_slopes: tuple[Array, ...]
     lower_bias: Array
-    upper_slope: Array
+    upper_slopes: tuple[Array, ...]
     upper_bias: Array
 
 
@@ -64,34 +66,33 @@ def one_slope(lower: Array, upper: Array) -> Array:
     return jnp.ones_like(upper)
 
 
-def relax(op: graph.Op, bounds: Interval, relu_lower: SlopeFn) -> Lines:
-    """Encloses a nonlinear operation between two lines.
+def relax(op: graph.Op, inputs: Sequence[Interval], relu_lower: SlopeFn) -> Lines:
+    """Encloses a nonlinear operation between two planes.
 
     Args:
-        op: a nonlinear operation of a graph with one perturbed input.
-        bounds: bounds of that input.
+        op: a nonlinear operation of a graph.
+        inputs: bounds of its perturbed inputs.
         relu_lower: the choice of the lower slope of unstable piecewise-linear functions.
 
     Returns:
-        The lines, elementwise.
+        The planes, elementwise.
     """
     if op.name == graph.PIECEWISE_LINEAR:
-        return _relax_piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
-    return _relax_s_shaped(bounds, *_S_SHAPED[op.name])
+        (bounds,) = inputs
+        return _piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
+    return RULES[op.name](op, *inputs)
 
 
-def propagate(op: graph.Op, bounds: Interval) -> Interval:
-    """Bounds a nonlinear operation over an interval: exactly, as all of them are monotone on either side of 0."""
-    (lower,), (upper,) = op.apply(bounds.lower), op.apply(bounds.upper)
-    if op.name == graph.PIECEWISE_LINEAR and not (op.params["below"] >= 0 and op.params["above"] >= 0):
-        ends = jnp.minimum(lower, upper), jnp.maximum(lower, upper)
-        crosses = (bounds.lower < 0) & (bounds.upper > 0)
-        return Interval(*(jnp.where(crosses, pick(end, 0.0), end)
-                          for pick, end in zip((jnp.minimum, jnp.maximum), ends, strict=True)))
-    return Interval(lower, upper)
+def propagate(op: graph.Op, inputs: Sequence[Interval]) -> Interval:
+    """Bounds a nonlinear operation over intervals of its perturbed inputs."""
+    if op.name in _IMAGES:
+        return _IMAGES[op.name](op, *inputs)
+    perturbed = iter(inputs)
+    values = [next(perturbed) if isinstance(v, graph.Node) else Interval(v, v) for v in op.inputs]
+    return arithmetic.evaluate(op, values)[0]
 
 
-def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Lines:
+def _piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Lines:
     lower, upper = bounds
     is_on, is_off = lower >= 0, upper <= 0
     is_unstable = ~(is_on | is_off)
@@ -105,30 +106,79 @@ def _relax_piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float,
     chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, 0.0))
     free_line = (jnp.where(is_unstable, line, exact), jnp.zeros_like(lower))
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
-    return Lines(*free_line, *chord_line) if above >= below else Lines(*chord_line, *free_line)
+    lower_line, upper_line = (free_line, chord_line) if above >= below else (chord_line, free_line)
+    return _line(*lower_line, *upper_line)
 
 
-def _logistic_slope(x: Array) -> Array:
-    return lax.logistic(x) * lax.logistic(-x)
+def _line(lower_slope: Array, lower_bias: Array, upper_slope: Array, upper_bias: Array) -> Lines:
+    return Lines((lower_slope,), lower_bias, (upper_slope,), upper_bias)
 
 
-def _tanh_slope(x: Array) -> Array:
-    return 1.0 - jnp.square(jnp.tanh(x))
+def _turned(lines: Lines) -> Lines:
+    """Turns the lines of `f` about the origin: those of `-f(-x)`."""
+    return Lines(lines.upper_slopes, -lines.upper_bias, lines.lower_slopes, -lines.lower_bias)
 
 
-# Increasing, convex below 0 and concave above, with f(-x) = 2 f(0) - f(x): value, derivative, f(0).
-_S_SHAPED: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array], float]] = {
-    "logistic": (lax.logistic, _logistic_slope, 0.5),
-    "tanh": (jnp.tanh, _tanh_slope, 0.0),
-}
+def _value_and_slope(op: graph.Op, x: Array) -> tuple[Array, Array]:
+    return jax.jvp(lambda v: op.fn(v)[0], (x,), (jnp.ones_like(x),))
 
 
-def _relax_s_shaped(bounds: Interval, fn: Callable, slope: Callable, at_zero: float) -> Lines:
-    lower, upper = bounds
-    upper_slope, upper_bias = _line_above(lower, upper, fn, slope)
+def convex(op: graph.Op, x: Interval) -> Lines:
+    """Encloses a convex function between a tangent in the middle and the chord; for `register`."""
+    middle = x.center
+    if op.name == "exp":
+        # Near the lower end the tangent stays positive, as what is divided by or put into a logarithm has to.
+        middle = jnp.minimum(middle, x.lower + 0.99)
+    value, slope = _value_and_slope(op, middle)
+    (at_lower,), (at_upper,) = op.fn(x.lower), op.fn(x.upper)
+    width = x.upper - x.lower
+    is_narrow = width < 1e-6 * (1.0 + jnp.abs(middle))
+    chord = jnp.where(is_narrow, slope, (at_upper - at_lower) / jnp.where(is_narrow, 1.0, width))
+    chord_bias = jnp.maximum(at_lower - chord * x.lower, at_upper - chord * x.upper)
+    return _line(slope, value - slope * middle, chord, chord_bias)
+
+
+def concave(op: graph.Op, x: Interval) -> Lines:
+    """Encloses a concave function between the chord and a tangent in the middle; for `register`."""
+    negative = dataclasses.replace(op, fn=lambda v: (-op.fn(v)[0],))
+    lower, lower_bias, upper, upper_bias = convex(negative, x)
+    return Lines((-upper[0],), -upper_bias, (-lower[0],), -lower_bias)
+
+
+def _power(op: graph.Op, x: Interval) -> Lines:
+    """Encloses an even power, or the reciprocal, which is convex above 0 and turned about the origin below."""
+    if op.params["y"] > 0:
+        return convex(op, x)
+    is_negative = x.upper < 0
+    mirrored = Interval(jnp.where(is_negative, -x.upper, x.lower), jnp.where(is_negative, -x.lower, x.upper))
+    above = convex(op, mirrored)
+    return jax.tree.map(lambda turned, kept: jnp.where(is_negative, turned, kept), _turned(above), above)
+
+
+def _product(op: graph.Op, x: Interval, y: Interval) -> Lines:
+    """Encloses `x y` (McCormick 1976): `(x - lx)(y - ly) >= 0` and `(x - lx)(uy - y) >= 0`."""
+    del op
+    return Lines((y.lower, x.lower), -x.lower * y.lower, (y.upper, x.lower), -x.lower * y.upper)
+
+
+def _pool(op: graph.Op, x: Interval, y: Interval) -> Lines:
+    """Encloses `max(x, y)`: below by the likelier one, above by the one that is sure to win, else by a constant."""
+    del op
+    first = (x.lower >= y.lower).astype(x.lower.dtype)
+    is_sure = ((x.lower >= y.upper) | (y.lower >= x.upper)).astype(first.dtype)
+    zero = jnp.zeros_like(first)
+    constant = jnp.where(is_sure > 0, 0.0, jnp.maximum(x.upper, y.upper))
+    return Lines((first, 1.0 - first), zero, (first * is_sure, (1.0 - first) * is_sure), constant)
+
+
+def s_shaped(op: graph.Op, x: Interval) -> Lines:
+    """Encloses an increasing function that is convex below 0 and concave above, with `f(-x) = 2 f(0) - f(x)`."""
+    fn = lambda v: _value_and_slope(op, v)[0]
+    slope = lambda v: _value_and_slope(op, v)[1]
+    upper = _line_above(x.lower, x.upper, fn, slope)
     # f(x) = 2 f(0) - f(-x): the lower line is the upper one of the mirrored interval, turned about (0, f(0)).
-    lower_slope, mirrored_bias = _line_above(-upper, -lower, fn, slope)
-    return Lines(lower_slope, 2.0 * at_zero - mirrored_bias, upper_slope, upper_bias)
+    lower_slope, mirrored_bias = _line_above(-x.upper, -x.lower, fn, slope)
+    return _line(lower_slope, 2.0 * fn(jnp.zeros_like(x.lower)) - mirrored_bias, *upper)
 
 
 def _line_above(lower: Array, upper: Array, fn: Callable, slope: Callable) -> tuple[Array, Array]:
@@ -169,6 +219,51 @@ def _implicit(root: Array, residual: Callable[[Array], Array]) -> Array:
     return root - (correction - lax.stop_gradient(correction))
 
 
+RULES: dict[str, Callable[..., Lines]] = {
+    **dict.fromkeys(("cosh", "exp", "exp2", "expm1", "rsqrt", "square"), convex),
+    **dict.fromkeys(("log", "log1p", "sqrt"), concave),
+    **dict.fromkeys(("asinh", "atan", "erf", "logistic", "tanh"), s_shaped),
+    "integer_pow": _power, "mul": _product, graph.POOL: _pool,
+    composites.COMPOSITE: lambda op, x: _line(*univariate.lines(op, x)),
+}
+# Ranges of what is no primitive.
+_IMAGES: dict[str, Callable[..., Interval]] = {composites.COMPOSITE: univariate.image}
+
+
+def register(
+    name: str, interval: Callable[..., Interval]
+) -> Callable[[Callable[..., Lines]], Callable[..., Lines]]:
+    """Adds a primitive to what bounds cover.
+
+        @bounds.register("lgamma", interval=lambda op, x: bounds.Interval(*op.fn(x.lower), *op.fn(x.upper)))
+        def lgamma(op, x):  # of x >= 2, where it is convex and increasing
+            return bounds.relaxations.convex(op, x)
+
+    Both rules take the operation and an interval for each perturbed input; `op.fn(*arrays)` evaluates it and returns a
+    tuple, `op.params` are the primitive's. A rule that is wrong makes every bound wrong: sample it.
+
+    Args:
+        name: the primitive's name, as the error about its absence says it.
+        interval: `(op, *inputs) -> Interval`, the range over a box.
+
+    Returns:
+        A decorator for `(op, *inputs) -> Lines`, the planes that enclose it over a box.
+    """
+
+    def add(lines: Callable[..., Lines]) -> Callable[..., Lines]:
+        arithmetic.RULES[name], RULES[name] = interval, lines
+        return lines
+
+    return add
+
+
+def has_rule(op: graph.Op) -> bool:
+    """Tells whether a nonlinear operation has lines of its own."""
+    if op.name == "integer_pow":
+        return op.params["y"] == -1 or (op.params["y"] > 0 and op.params["y"] % 2 == 0)
+    return op.name == graph.PIECEWISE_LINEAR or op.name in RULES
+
+
 def check(ops: tuple[graph.Op, ...]) -> None:
     """Raises on the first operation that no rule covers.
 
@@ -182,14 +277,14 @@ def check(ops: tuple[graph.Op, ...]) -> None:
                 f"{op.name!r} at {op.source} computes a perturbed value in half precision, whose rounding no bound "
                 "covers: evaluate the model in float32, such as with dtype=jnp.float32 in its layers."
             )
-        if op.is_affine or op.name == graph.PIECEWISE_LINEAR or op.name in _S_SHAPED:
+        if op.is_affine or has_rule(op):
             continue
-        reason = "of two perturbed values" if op.name in graph.BILINEAR else "of a perturbed value"
-        reason = "by a perturbed value" if op.name == "div" else reason
-        supported = sorted({*graph.AFFINE, *_S_SHAPED, "abs", "max", "min", "stop_gradient"})
+        reason = "of several perturbed values" if len(op.nodes) > 1 else "of a perturbed value"
+        rewritten = {"abs", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "scan", "stop_gradient"}
+        supported = sorted({*graph.AFFINE, *arithmetic.RULES, *rewritten} - {graph.PIECEWISE_LINEAR, graph.POOL})
         raise graph.UnsupportedPrimitiveError(
-            f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Rewrite the function with "
-            f"supported primitives: {', '.join(supported)}."
+            f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Add one with bounds.register, or "
+            f"rewrite the function with supported primitives: {', '.join(supported)}."
         )
 
 

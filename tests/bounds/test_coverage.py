@@ -43,9 +43,9 @@ def conv(shape=IMAGE, module=nn.Conv, **options):
     return affine(lambda: linen(module(**options), shape), shape)
 
 
-def between(bend, width=5):
-    """Puts a nonlinear function between two dense layers whose inputs take both signs."""
-    first, second = 1.5 * weights(4, width), weights(width, 3, seed=1)
+def between(bend, width=5, out=None):
+    """Puts a nonlinear function between two dense layers whose inputs take both signs; `out` values come out of it."""
+    first, second = 1.5 * weights(4, width), weights(out or width, 3, seed=1)
     return Case(lambda: lambda x: bend((x - 0.5) @ first + weights(1, width, seed=2) * 0.2) @ second)
 
 
@@ -147,6 +147,24 @@ def channels_first(x):
     return lax.conv_general_dilated(x, kernel, (2, 1), ((1, 0), (0, 2)), dimension_numbers=dimensions)
 
 
+def attention(x):
+    """Attends over two tokens of three features."""
+    tokens = ((x - 0.5) @ weights(4, 6)).reshape(-1, 2, 3)
+    scores = jnp.einsum("btd,bsd->bts", tokens, tokens @ weights(3, 3))
+    return (jax.nn.softmax(scores, axis=-1) @ tokens).reshape(len(x), -1)
+
+
+RECURRENT = jnp.stack([weights(4, 4, seed=seed) for seed in range(3)])
+
+
+def cell(carry, kernel):
+    return jnp.tanh(carry @ kernel), carry.sum(axis=1)
+
+
+def recurrence(x):
+    return lax.scan(cell, x - 0.5, RECURRENT)[0]
+
+
 CASES = {
     # Layers.
     "dense": affine(lambda: linen(nn.Dense(3), VECTOR)),
@@ -189,7 +207,13 @@ CASES = {
     "einsum": affine_fn(lambda x: jnp.einsum("bhwc,cd,hk->bkd", x, weights(2, 2), weights(4, 2)), IMAGE),
     "matmul_left": affine_fn(lambda x: weights(3, 4) @ x[..., 0], IMAGE),
     "matmul_right": affine_fn(lambda x: x @ weights(4, 3) @ weights(3, 2)),
+    "set": affine_fn(lambda x: jnp.asarray(x).at[:, 1].set(0.5) @ weights(4, 2)),
+    "set_to_perturbed": affine_fn(lambda x: jnp.ones_like(x).at[:, 1:3].set(2.0 * x[:, :2])),
+    "add_at": affine_fn(lambda x: jnp.asarray(x).at[:, np.array([0, 0, 2])].add(-x[:, 1:])),
+    "dynamic_update_slice": affine_fn(lambda x: lax.dynamic_update_slice(x, 3.0 * x[:, :2], (0, 1))),
+    "clamp": between(lambda x: lax.clamp(-0.2, x, 0.3)),
     # Transformations of functions.
+    "scan": affine_fn(lambda x: lax.scan(lambda carry, row: (carry * 2.0 + row, carry), x, jnp.ones((3, 1, 4)))[0]),
     "stop_gradient": affine_fn(lambda x: lax.stop_gradient(x) @ weights(4, 2) + x[:, :2]),
     "jit_nested": affine_fn(jax.jit(lambda x: jax.jit(jnp.matmul)(x, weights(4, 2)) + 1.0)),
     "remat": affine_fn(jax.checkpoint(lambda x: x @ weights(4, 2) + 1.0)),
@@ -220,6 +244,60 @@ CASES = {
     # S-shaped, and nets.
     "tanh": between(lambda x: jnp.tanh(4.0 * x)),
     "sigmoid": between(lambda x: jax.nn.sigmoid(6.0 * x)),
+    "erf": between(lambda x: jax.scipy.special.erf(2.0 * x)),
+    "arctan": between(lambda x: jnp.arctan(4.0 * x)),
+    "arcsinh": between(lambda x: jnp.arcsinh(4.0 * x)),
+    # Convex and concave.
+    "exp": between(lambda x: jnp.exp(2.0 * x)),
+    "expm1_exp2": between(lambda x: jnp.expm1(x) - jnp.exp2(x)),
+    "log": between(lambda x: jnp.log(x + 3.0)),
+    "log1p": between(lambda x: jnp.log1p(x + 2.0)),
+    "sqrt": between(lambda x: jnp.sqrt(x + 3.0)),
+    "rsqrt": between(lambda x: lax.rsqrt(x + 3.0)),
+    "square": between(jnp.square),
+    "fourth_power": between(lambda x: x**4),
+    "cosh": between(jnp.cosh),
+    "reciprocal": between(lambda x: 1.0 / (x + 3.0)),
+    "reciprocal_below_zero": between(lambda x: 2.0 / (x - 4.0)),
+    "inverse_square": between(lambda x: (x + 3.0) ** -2),
+    # Any function of one value.
+    "cube": between(lambda x: x**3),
+    "power": between(lambda x: (x + 3.0) ** 1.5),
+    "sin": between(lambda x: jnp.sin(3.0 * x)),
+    "cos": between(lambda x: jnp.cos(3.0 * x)),
+    "sinh": between(jnp.sinh),
+    "tan": between(lambda x: jnp.tan(0.3 * x)),
+    "erfc": between(jax.scipy.special.erfc),
+    "product_with_sine": between(lambda x: x * jnp.sin(x)),
+    "hard_tanh_of_jax": between(jax.nn.hard_tanh),
+    "where_knot": between(lambda x: jnp.where(x > 0.3, 2.0 * x - 0.6, 0.0)),
+    "where_jump": between(lambda x: jnp.where(x < 0.3, x, 0.0)),
+    **{name: between(getattr(jax.nn, name)) for name in (
+        "celu", "elu", "gelu", "hard_silu", "log_sigmoid", "mish", "selu", "silu", "soft_sign", "softplus",
+        "sparse_plus", "sparse_sigmoid", "squareplus",
+    )},
+    "gelu_exact": between(partial(jax.nn.gelu, approximate=False)),
+    # Of several values.
+    "product": between(lambda x: x * jnp.flip(x, 1)),
+    "quotient": between(lambda x: x / (jnp.flip(x, 1) + 3.0)),
+    "glu": between(jax.nn.glu, width=6, out=3),
+    "softmax": between(jax.nn.softmax),
+    "softmax_of_some": between(lambda x: jax.nn.softmax(x, where=jnp.arange(5)[None] > 1)),
+    "log_softmax": between(jax.nn.log_softmax),
+    "logsumexp": between(lambda x: jax.nn.logsumexp(x.reshape(-1, 2, 3), axis=2), width=6, out=2),
+    "standardize": between(lambda x: jax.nn.standardize(x, epsilon=0.1)),
+    "layer_norm": between(lambda x: linen(nn.LayerNorm(epsilon=0.1), (5,))(x)),
+    "rms_norm": between(lambda x: linen(nn.RMSNorm(epsilon=0.1), (5,))(x)),
+    "norm": Case(lambda: lambda x: jnp.sqrt(jnp.square(x + 1.0).sum(axis=1, keepdims=True))),
+    "variance": between(lambda x: x.var(axis=1, keepdims=True), out=1),
+    "amax": between(lambda x: x.max(axis=1, keepdims=True), out=1),
+    "amin": between(lambda x: x.reshape(-1, 2, 3).min(axis=1), width=6, out=3),
+    "max_pool": Case(lambda: lambda x: nn.max_pool(x @ weights(2, 2), (2, 2), (2, 2), "SAME"), IMAGE),
+    "max_pool_1d": between(lambda x: nn.max_pool(x[..., None], (2,), (1,), "VALID")[..., 0], width=6, out=5),
+    "bilinear_form": between(lambda x: jnp.einsum("bi,ij,bj->b", x, weights(5, 5), x)[:, None], out=1),
+    "attention": Case(lambda: attention),
+    "recurrence": Case(lambda: recurrence),
+    "recurrence_outputs": Case(lambda: lambda x: lax.scan(cell, x - 0.5, RECURRENT, reverse=True)[1].T),
     "tanh_net": Case(lambda: linen(ActivatedNet(jnp.tanh), VECTOR)),
     "sigmoid_net": Case(lambda: linen(ActivatedNet(nn.sigmoid), VECTOR)),
     "relu_net": Case(lambda: linen(ActivatedNet(nn.relu), VECTOR)),
@@ -256,12 +334,24 @@ def check(found, clean):
 # The norm only matters up to the first nonlinear operation, so a few of them see every norm.
 NONLINEAR = [name for name, case in CASES.items() if not case.is_affine]
 CURVED = ("relu", "maximum", "tanh", "conv_net")
+# Whose rules the others see as well.
+SLOW = frozenset({
+    "amin", "arcsinh", "arctan", "bilinear_form", "celu", "cos", "cosh", "elu", "erfc", "expm1_exp2",
+    "fourth_power", "gelu_exact", "hard_silu", "hard_tanh_of_jax", "inverse_square", "log1p", "log_sigmoid",
+    "log_softmax", "max_pool_1d", "mish", "power", "product_with_sine", "reciprocal_below_zero",
+    "recurrence_outputs", "rms_norm", "rsqrt", "selu", "sinh", "soft_sign", "softmax_of_some", "sparse_plus",
+    "sparse_sigmoid", "squareplus", "standardize", "tan", "variance", "where_jump", "where_knot",
+})
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [(name, norm) for norm in EPS for name in (NONLINEAR if norm == "linf" else CURVED)]
+    ("name", "norm"), [
+        pytest.param(name, norm, marks=[pytest.mark.slow] if name in SLOW else [])
+        for norm in EPS for name in (NONLINEAR if norm == "linf" else CURVED)
+    ],
 )
 def test_nonlinear(name, norm, key):
+    assert CASES.keys() >= SLOW
     fn, x = CASES[name].build(), inputs(CASES[name].shape)
 
     @jax.jit

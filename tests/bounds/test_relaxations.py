@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdx.bounds import graph, relaxations
+from rdx.bounds import graph, relaxations, tracing
 from rdx.bounds.interval import Interval
 
 SLOPES = {
@@ -28,7 +28,7 @@ def bent(below, above, x):
 
 
 def s_shaped_op(name):
-    (op,) = graph.trace({"tanh": jnp.tanh, "logistic": jax.nn.sigmoid}[name], jnp.zeros((1, 1))).ops
+    (op,) = tracing.trace({"tanh": jnp.tanh, "logistic": jax.nn.sigmoid}[name], jnp.zeros((1, 1))).ops
     assert op.name == name
     return op
 
@@ -61,11 +61,15 @@ def grid(interval, num=801):
     return lower + (upper - lower) * np.linspace(0.0, 1.0, num)[None]
 
 
+def flat(lines):
+    """Lists slope and bias of the lower line, then of the upper one, of a function of one input."""
+    return [*lines.lower_slopes, lines.lower_bias, *lines.upper_slopes, lines.upper_bias]
+
+
 def evaluate(lines, points):
     """Evaluates both lines in float64 and how far float32 may be off there."""
     lower_slope, lower_bias, upper_slope, upper_bias = (
-        np.broadcast_to(np.asarray(getattr(lines, name), np.float64), points.shape[:1])[:, None]
-        for name in ("lower_slope", "lower_bias", "upper_slope", "upper_bias")
+        np.broadcast_to(np.asarray(value, np.float64), points.shape[:1])[:, None] for value in flat(lines)
     )
     rounding = 4e-7 * (1.0 + np.abs(points) * np.maximum(np.abs(lower_slope), np.abs(upper_slope)))
     return lower_slope * points + lower_bias, upper_slope * points + upper_bias, rounding
@@ -79,7 +83,7 @@ def test_lines_enclose_and_touch(name, relu_lower):
     build, fn = CASES[name]
     bounds = intervals()
     points = grid(bounds)
-    lower, upper, rounding = evaluate(relaxations.relax(build(), bounds, SLOPES[relu_lower]), points)
+    lower, upper, rounding = evaluate(relaxations.relax(build(), [bounds], SLOPES[relu_lower]), points)
     values = fn(points)
     assert (lower <= values + rounding).all()
     assert (upper >= values - rounding).all()
@@ -96,7 +100,7 @@ def test_interval_is_the_range(name):
     build, fn = CASES[name]
     bounds = intervals()
     values = fn(grid(bounds))
-    image = relaxations.propagate(build(), bounds)
+    image = relaxations.propagate(build(), [bounds])
     crosses = np.asarray((bounds.lower < 0) & (bounds.upper > 0))
     if name not in S_SHAPED:  # the kink lies between two points of the grid
         values = np.concatenate([values, np.where(crosses, 0.0, values[:, 0])[:, None]], axis=1)
@@ -106,8 +110,8 @@ def test_interval_is_the_range(name):
 
 
 def lines_of(op, lower, upper, relu_lower=relaxations.adaptive):
-    lines = relaxations.relax(op, Interval(jnp.array([lower]), jnp.array([upper])), relu_lower)
-    return [float(np.asarray(value).ravel()[0]) for value in lines[:4]]
+    lines = relaxations.relax(op, [Interval(jnp.array([lower]), jnp.array([upper]))], relu_lower)
+    return [float(np.asarray(value).ravel()[0]) for value in flat(lines)]
 
 
 @pytest.mark.parametrize(("relu_lower", "wide_right", "wide_left"), [
@@ -170,8 +174,8 @@ def test_gradients_are_finite(name):
     for relu_lower in SLOPES.values():
         # One cotangent for each line, so that infinities cannot cancel.
         for part in range(4):
-            total = lambda b, relu_lower=relu_lower, part=part: jnp.sum(relaxations.relax(op, b, relu_lower)[part])
-            for gradient in jax.jit(jax.grad(total))(bounds):
+            line = lambda b, relu_lower=relu_lower, part=part: flat(relaxations.relax(op, [b], relu_lower))[part]
+            for gradient in jax.jit(jax.grad(lambda b, line=line: line(b).sum()))(bounds):
                 assert jnp.isfinite(gradient).all()
 
 
@@ -187,7 +191,7 @@ def test_gradients_are_differences(name):
 
         def lines(ends):
             bounds = Interval(ends[:, 0], ends[:, 1])
-            return jnp.stack(relaxations.relax(op, bounds, relaxations.same_slope)[:4])
+            return jnp.stack(flat(relaxations.relax(op, [bounds], relaxations.same_slope)))
 
         step = 1e-4
         lines = jax.jit(lines)

@@ -10,7 +10,7 @@ import pytest
 from bounds_helpers import weights
 from jax import lax
 
-from rdx.bounds import graph, transposition
+from rdx.bounds import tracing, transposition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ CASES |= {
 
 
 def ours(layer, rows, kernel, *, are_own):
-    ops = graph.trace(layer, jnp.zeros(layer.shapes[0]), kernel).ops
+    ops = tracing.trace(layer, jnp.zeros(layer.shapes[0]), kernel).ops
     (op,) = ops
     rows = transposition.transpose(op, rows, are_own=are_own)
     assert rows is not None
@@ -183,12 +183,12 @@ def test_everything_else_is_left_to_differentiation():
         "a sum": (lambda x: x.sum(), image),
     }
     for name, (fn, x) in cases.items():
-        (op,) = [op for op in graph.trace(fn, x).ops if op.name != "transpose"]
+        (op,) = [op for op in tracing.trace(fn, x).ops if op.name != "transpose"]
         rows = jnp.zeros((1, *op.outputs[0].shape))
         assert transposition.transpose(op, rows, are_own=False) is None, name
 
 
 def test_double_contractions_are_left_to_differentiation():
     fn = lambda x: jnp.einsum("bij,ij->b", x, weights(2, 3))
-    (op,) = [op for op in graph.trace(fn, jnp.zeros((1, 2, 3))).ops if op.name == "dot_general"]
+    (op,) = [op for op in tracing.trace(fn, jnp.zeros((1, 2, 3))).ops if op.name == "dot_general"]
     assert transposition.transpose(op, jnp.zeros((1, *op.outputs[0].shape)), are_own=False) is None

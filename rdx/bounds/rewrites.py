@@ -1,0 +1,143 @@
+"""What stands in for an operation: the same function, written in operations that have rules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rdx.bounds.graph import Node, Value
+from rdx.types import Array
+
+# Takes the place of -inf in padding: no maximum, and 0 times it is 0.
+_LOWEST = -1e30
+_SHAPING = ("broadcast_in_dim", "expand_dims", "max", "reshape", "select_n", "squeeze", "stop_gradient")
+
+
+class Part(NamedTuple):
+    """A value on the way to a softmax: with `m = max(x)` over some axes.
+
+    Attributes:
+        kind: "max" for `m`, "shifted" for `x - m`, "exp" for its exponential, "sum" for their sum, "log" for its log.
+        node: `x`.
+        axes: of the maximum.
+    """
+
+    kind: str
+    node: Node
+    axes: tuple[int, ...]
+
+
+class Whole(NamedTuple):
+    """A function of `x` that its parts add up to; a shift by `m` changes nothing in it."""
+
+    kind: str
+    node: Node
+    axes: tuple[int, ...]
+
+    @property
+    def needs_shift(self) -> bool:
+        """Whether the function is computed with a constant in the place of `m`."""
+        return self.kind == "logsumexp"
+
+    def function(self, shift: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
+        """Builds the function, with an output of the given shape."""
+        if self.kind == "logsumexp":
+            assert shift is not None
+            top = shift.max(axis=self.axes, keepdims=True)
+            return lambda x: (jnp.log(jnp.exp(x - top).sum(axis=self.axes, keepdims=True)) + top).reshape(shape)
+        return lambda x: _softmax(x, self.axes, is_log=self.kind == "log_softmax")
+
+
+def part(name: str, inputs: Sequence[Value], known: Sequence[Part | None], params: dict[str, Any]) -> Part | None:
+    """Names what an operation makes of parts of a softmax, None if nothing; `known` are the parts among its inputs."""
+    if name == "reduce_max" and isinstance(inputs[0], Node):
+        return Part("max", inputs[0], tuple(params["axes"]))
+    made = None
+    match name, known:
+        case "sub", [_, Part("max", node, axes)] if inputs[0] is node:
+            made = Part("shifted", node, axes)
+        case "exp", [Part("shifted", node, axes)]:
+            made = Part("exp", node, axes)
+        case "reduce_sum", [Part("exp", node, axes)] if tuple(params["axes"]) == axes:
+            made = Part("sum", node, axes)
+        case "log", [Part("sum", node, axes)]:
+            made = Part("log", node, axes)
+        case "abs", [Part("sum") as total]:
+            made = total
+        case _ if name in _SHAPING:
+            parts = [value for value in known if value is not None and value.kind in {"max", "sum", "log"}]
+            made = parts[0] if len(parts) == 1 else None
+    return made
+
+
+def whole(name: str, known: Sequence[Part | None]) -> Whole | None:
+    """Recognises the last operation of a softmax, log-softmax or log-sum-exp."""
+    match name, known:
+        case "div", [Part("exp", node, axes), Part("sum", other, same)] if node is other and axes == same:
+            return Whole("softmax", node, axes)
+        case "sub", [Part("shifted", node, axes), Part("log", other, same)] if node is other and axes == same:
+            return Whole("log_softmax", node, axes)
+        case "add", [Part("log", node, axes), Part("max", other, same)] if node is other and axes == same:
+            return Whole("logsumexp", node, axes)
+        case "add", [Part("max", node, axes), Part("log", other, same)] if node is other and axes == same:
+            return Whole("logsumexp", node, axes)
+    return None
+
+
+def _softmax(x: Array, axes: tuple[int, ...], *, is_log: bool) -> Array:
+    """Computes `1 / sum_j exp(x_j - x_i)` or its log: each difference once, so that interval arithmetic is exact."""
+    rows, restore = _last(x, axes)
+    apart = 1.0 - np.eye(rows.shape[-1], dtype=x.dtype)
+    apart = apart.reshape((1,) * (rows.ndim - 1) + apart.shape)
+    total = jnp.exp((rows[..., None, :] - rows[..., :, None]) * apart).sum(-1)
+    return restore(-jnp.log(total) if is_log else lax.integer_pow(total, -1))
+
+
+def _last(x: Array, axes: tuple[int, ...]) -> tuple[Array, Callable[[Array], Array]]:
+    """Flattens some axes into a last one; the second result undoes it."""
+    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    order = [*kept, *axes]
+    moved = x.transpose(order)
+
+    def restore(rows: Array) -> Array:
+        return rows.reshape(moved.shape).transpose(np.argsort(order))
+
+    return moved.reshape(*(x.shape[axis] for axis in kept), -1), restore
+
+
+def split_axes(x: Array, *, axes: tuple[int, ...], sign: float) -> list[Array]:
+    """Lists the values along some axes, as they are or with the other sign."""
+    rows, _ = _last(x if sign > 0 else -x, axes)
+    return [rows[..., i] for i in range(rows.shape[-1])]
+
+
+def windows(
+    x: Array, *, window_dimensions: Sequence[int], window_strides: Sequence[int], padding: Sequence[tuple[int, int]],
+    base_dilation: Sequence[int], window_dilation: Sequence[int],
+) -> list[Array]:
+    """Lists what lies at each place of a sliding window, for all windows at once."""
+    config = [(low, high, dilation - 1) for (low, high), dilation in zip(padding, base_dilation, strict=True)]
+    x = lax.pad(x, jnp.asarray(_LOWEST, x.dtype), config)
+    reach = [(size - 1) * step for size, step in zip(window_dimensions, window_dilation, strict=True)]
+    parts = []
+    for place in np.ndindex(*window_dimensions):
+        start = [i * step for i, step in zip(place, window_dilation, strict=True)]
+        limit = [size - far + first for size, far, first in zip(x.shape, reach, start, strict=True)]
+        parts.append(lax.slice(x, start, limit, window_strides))
+    return parts
+
+
+def dot_general(x: Array, y: Array, *, dimensions: Any) -> Array:
+    """Multiplies two perturbed arrays element by element and sums: a relaxation for each product."""
+    (x_sum, y_sum), (x_batch, y_batch) = dimensions
+    x_free = [axis for axis in range(x.ndim) if axis not in (*x_sum, *x_batch)]
+    y_free = [axis for axis in range(y.ndim) if axis not in (*y_sum, *y_batch)]
+    x, y = x.transpose(*x_batch, *x_free, *x_sum), y.transpose(*y_batch, *y_free, *y_sum)
+    num_batch, num_sum = len(x_batch), len(x_sum)
+    x = jnp.expand_dims(x, tuple(range(num_batch + len(x_free), num_batch + len(x_free) + len(y_free))))
+    y = jnp.expand_dims(y, tuple(range(num_batch, num_batch + len(x_free))))
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    product = jnp.broadcast_to(x, shape) * jnp.broadcast_to(y, shape)
+    return product.sum(axis=tuple(range(product.ndim - num_sum, product.ndim)))
