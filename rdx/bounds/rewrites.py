@@ -1,5 +1,6 @@
 """What stands in for an operation: the same function, written in operations that have rules."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from rdx.types import Array
 
 # Takes the place of -inf in padding: no maximum, and 0 times it is 0.
 _LOWEST = -1e30
-_SHAPING = ("broadcast_in_dim", "expand_dims", "max", "reshape", "select_n", "squeeze", "stop_gradient")
+_SHAPING = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
 
 
 class Part(NamedTuple):
@@ -22,11 +23,29 @@ class Part(NamedTuple):
         kind: "max" for `m`, "shifted" for `x - m`, "exp" for its exponential, "sum" for their sum, "log" for its log.
         node: `x`.
         axes: of the maximum.
+        along: for each axis of the value the axis of `x` that it runs along, None where the value repeats.
     """
 
     kind: str
     node: Node
     axes: tuple[int, ...]
+    along: tuple[int | None, ...]
+
+    def fits(self) -> bool:
+        """Tells whether the value lies beside `x` as its maximum or sum has to."""
+        sizes = self.node.shape
+        return len(self.along) == len(sizes) and all(
+            size == 1 or place == (None if axis in self.axes else axis)
+            for axis, (place, size) in enumerate(zip(self.along, sizes, strict=True))
+        )
+
+    def is_bare(self, shape: tuple[int, ...]) -> bool:
+        """Tells whether a value of this shape has every maximum or sum once, in order."""
+        sizes = self.node.shape
+        kept = [axis for axis in range(len(sizes)) if axis not in self.axes and sizes[axis] > 1]
+        return [axis for axis in self.along if axis in kept] == kept and math.prod(shape) == math.prod(
+            sizes[axis] for axis in kept
+        )
 
 
 class Whole(NamedTuple):
@@ -50,40 +69,75 @@ class Whole(NamedTuple):
         return lambda x: _softmax(x, self.axes, is_log=self.kind == "log_softmax")
 
 
-def part(name: str, inputs: Sequence[Value], known: Sequence[Part | None], params: dict[str, Any]) -> Part | None:
-    """Names what an operation makes of parts of a softmax, None if nothing; `known` are the parts among its inputs."""
-    if name == "reduce_max" and isinstance(inputs[0], Node):
-        return Part("max", inputs[0], tuple(params["axes"]))
+def part(
+    name: str, inputs: Sequence[Value], known: Sequence[Part | None], params: dict[str, Any], shape: tuple[int, ...]
+) -> Part | None:
+    """Names what an operation makes of parts of a softmax, None if nothing.
+
+    Args:
+        name: of the operation.
+        inputs: its inputs.
+        known: the parts that they are, None for those that are none.
+        params: its parameters.
+        shape: of its output.
+    """
+    first = inputs[0]
+    if name == "reduce_max" and isinstance(first, Node):
+        return Part("max", first, tuple(params["axes"]), _without(len(first.shape), params["axes"]))
     made = None
     match name, known:
-        case "sub", [_, Part("max", node, axes)] if inputs[0] is node:
-            made = Part("shifted", node, axes)
-        case "exp", [Part("shifted", node, axes)]:
-            made = Part("exp", node, axes)
+        case "sub", [_, Part("max", node, axes) as largest] if first is node and largest.fits():
+            made = Part("shifted", node, axes, tuple(range(len(node.shape))))
+        case "exp", [Part("shifted") as given]:
+            made = given._replace(kind="exp")
         case "reduce_sum", [Part("exp", node, axes)] if tuple(params["axes"]) == axes:
-            made = Part("sum", node, axes)
-        case "log", [Part("sum", node, axes)]:
-            made = Part("log", node, axes)
-        case "abs", [Part("sum") as total]:
-            made = total
-        case _ if name in _SHAPING:
-            parts = [value for value in known if value is not None and value.kind in {"max", "sum", "log"}]
-            made = parts[0] if len(parts) == 1 else None
+            made = Part("sum", node, axes, _without(len(node.shape), axes))
+        case "log", [Part("sum") as given]:
+            made = given._replace(kind="log")
+        case "abs", [Part("sum") as given]:
+            made = given
+        case _ if name in _SHAPING and known[0] is not None and known[0].kind in {"max", "sum", "log"}:
+            assert isinstance(first, Node)
+            along = _moved(known[0].along, first.shape, shape, params.get("broadcast_dimensions"))
+            made = None if along is None else known[0]._replace(along=along)
     return made
 
 
-def whole(name: str, known: Sequence[Part | None]) -> Whole | None:
-    """Recognises the last operation of a softmax, log-softmax or log-sum-exp."""
-    match name, known:
-        case "div", [Part("exp", node, axes), Part("sum", other, same)] if node is other and axes == same:
-            return Whole("softmax", node, axes)
-        case "sub", [Part("shifted", node, axes), Part("log", other, same)] if node is other and axes == same:
-            return Whole("log_softmax", node, axes)
-        case "add", [Part("log", node, axes), Part("max", other, same)] if node is other and axes == same:
-            return Whole("logsumexp", node, axes)
-        case "add", [Part("max", node, axes), Part("log", other, same)] if node is other and axes == same:
-            return Whole("logsumexp", node, axes)
-    return None
+def _without(rank: int, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(rank) if axis not in axes)
+
+
+def _moved(
+    along: tuple[int | None, ...], before: tuple[int, ...], after: tuple[int, ...], dimensions: Sequence[int] | None
+) -> tuple[int | None, ...] | None:
+    """Follows axes through a change of shape; None if axes of more than one element are split or merged."""
+    moved: list[int | None] = [None] * len(after)
+    if dimensions is None:
+        dimensions = [place for place, size in enumerate(after) if size > 1]
+        pairs = [(size, axis) for size, axis in zip(before, along, strict=True) if size > 1]
+        if [size for size, _ in pairs] != [after[place] for place in dimensions]:
+            return None
+        before, along = tuple(size for size, _ in pairs), tuple(axis for _, axis in pairs)
+    for place, size, axis in zip(dimensions, before, along, strict=True):
+        moved[place] = axis if size == after[place] else None
+    return tuple(moved)
+
+
+def whole(name: str, known: Sequence[Part | None], shape: tuple[int, ...]) -> Whole | None:
+    """Recognises the last operation of a softmax, log-softmax or log-sum-exp; `shape` is that of its output."""
+    if len(known) != 2:
+        return None
+    first, second = known
+    if first is None or second is None or first.node is not second.node or first.axes != second.axes:
+        return None
+    kinds, made = (first.kind, second.kind), None
+    if name == "div" and kinds == ("exp", "sum") and second.fits():
+        made = "softmax"
+    elif name == "sub" and kinds == ("shifted", "log") and second.fits():
+        made = "log_softmax"
+    elif name == "add" and sorted(kinds) == ["log", "max"] and first.is_bare(shape) and second.is_bare(shape):
+        made = "logsumexp"
+    return None if made is None else Whole(made, first.node, first.axes)
 
 
 def _softmax(x: Array, axes: tuple[int, ...], *, is_log: bool) -> Array:

@@ -104,7 +104,8 @@ class _Tracer:
             outputs = (rewritten,)
         if name in _ABOVE + _BELOW and isinstance(outputs[0], Node):
             self.comparisons[outputs[0]] = (name, inputs[0], inputs[1])
-        part = rewrites.part(name, inputs, self.known_parts(inputs), eqn.params)
+        shape = eqn.outvars[0].aval.shape
+        part = rewrites.part(name, inputs, self.known_parts(inputs), eqn.params, shape)
         if part is not None and isinstance(outputs[0], Node):
             self.parts[outputs[0]] = part
         return outputs
@@ -167,7 +168,7 @@ class _Tracer:
     def rewrite(self, eqn: Any, inputs: list[Value], source: str) -> Value | None:
         """Writes an operation in others; None if `eqn` is none of those that are rewritten."""
         call = _Call(eqn.primitive.name, inputs, eqn.params, eqn.outvars[0].aval.shape, source)
-        whole = rewrites.whole(call.name, self.known_parts(inputs))
+        whole = rewrites.whole(call.name, self.known_parts(inputs), call.shape)
         if whole is not None:
             shift = self.sample(whole.node) if whole.needs_shift else None
             return self.apply(whole.function(shift, call.shape), [whole.node], source)

@@ -282,7 +282,6 @@ CASES = {
     "quotient": between(lambda x: x / (jnp.flip(x, 1) + 3.0)),
     "glu": between(jax.nn.glu, width=6, out=3),
     "softmax": between(jax.nn.softmax),
-    "softmax_of_some": between(lambda x: jax.nn.softmax(x, where=jnp.arange(5)[None] > 1)),
     "log_softmax": between(jax.nn.log_softmax),
     "logsumexp": between(lambda x: jax.nn.logsumexp(x.reshape(-1, 2, 3), axis=2), width=6, out=2),
     "standardize": between(lambda x: jax.nn.standardize(x, epsilon=0.1)),
@@ -304,6 +303,30 @@ CASES = {
     "mixed_net": Case(lambda: linen(ActivatedNet(lambda x: jnp.tanh(x) - nn.relu(x)), VECTOR)),
     "conv_net": Case(lambda: linen(ConvNet(), IMAGE, train=False), IMAGE),
     "nnx_net": Case(lambda: nnx_fn(NnxNet)),
+}
+
+
+# What looks like a softmax or log-sum-exp and is none: sums along another axis, another shift, none at all.
+def wrong_axis(x):
+    exponentials = jnp.exp(x - x.max(axis=2, keepdims=True))
+    return exponentials / exponentials.sum(axis=2)[:, None, :]
+
+
+def wrong_shift(x):
+    return jnp.log(jnp.exp(x - x.max(axis=1, keepdims=True)).sum(axis=1)) + jnp.maximum(x.max(axis=1), 0.9)
+
+
+def not_shifted_back(x):
+    return jnp.log(jnp.exp(x - x.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+
+
+CASES |= {
+    "softmax_along_the_wrong_axis": Case(lambda: wrong_axis, (2, 2)),
+    "softmax_of_rows": Case(lambda: lambda x: jax.nn.softmax(4.0 * x, axis=1), (2, 2)),
+    "softmax_of_all": Case(lambda: lambda x: jax.nn.softmax(4.0 * x, axis=(1, 2)), (2, 2)),
+    "logsumexp_wrong_shift": Case(lambda: lambda x: wrong_shift(x)[:, None]),
+    "logsumexp_not_shifted_back": Case(lambda: not_shifted_back),
+    "logsumexp_of_rows": Case(lambda: lambda x: jax.nn.logsumexp(4.0 * x, axis=1), (2, 2)),
 }
 SHARES = jnp.array([0.0, 0.3, 1.0])
 
@@ -339,7 +362,7 @@ SLOW = frozenset({
     "amin", "arcsinh", "arctan", "bilinear_form", "celu", "cos", "cosh", "elu", "erfc", "expm1_exp2",
     "fourth_power", "gelu_exact", "hard_silu", "hard_tanh_of_jax", "inverse_square", "log1p", "log_sigmoid",
     "log_softmax", "max_pool_1d", "mish", "power", "product_with_sine", "reciprocal_below_zero",
-    "recurrence_outputs", "rms_norm", "rsqrt", "selu", "sinh", "soft_sign", "softmax_of_some", "sparse_plus",
+    "recurrence_outputs", "rms_norm", "rsqrt", "selu", "sinh", "soft_sign", "sparse_plus",
     "sparse_sigmoid", "squareplus", "standardize", "tan", "variance", "where_jump", "where_knot",
 })
 
