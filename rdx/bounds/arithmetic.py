@@ -1,4 +1,4 @@
-"""Interval arithmetic: the range of every operation over intervals of its inputs.
+"""Interval arithmetic (Moore 1966, Interval Analysis): the range of every operation over intervals of its inputs.
 
 Truth values are intervals as well, with `False < True`: the lower end says whether a comparison holds everywhere, the
 upper end whether it may hold somewhere. Outside its domain a function has no range: both ends are NaN, which no
@@ -24,7 +24,7 @@ def walk(graph: Graph, *inputs: Interval) -> dict[Node, Interval]:
     return known
 
 
-def evaluate(op: Op, inputs: Sequence[Interval], centers: Sequence[Array] | None = None) -> tuple[Interval, ...]:
+def evaluate(op: Op, inputs: Sequence[Interval], *, centers: Sequence[Array] | None = None) -> tuple[Interval, ...]:
     """Bounds an operation over intervals of all its inputs, constants as intervals without width.
 
     Args:

@@ -61,7 +61,7 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
         if op.is_affine:
             centers = op.apply(*(known.centers[node] for node in op.nodes))
             inputs = [known.intervals[v] if isinstance(v, Node) else Interval(v, v) for v in op.inputs]
-            outputs = arithmetic.evaluate(op, inputs, centers)
+            outputs = arithmetic.evaluate(op, inputs, centers=centers)
         else:
             outputs = (relaxations.propagate(op, enter(op, known)),)
             centers = (outputs[0].center,)

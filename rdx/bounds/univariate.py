@@ -1,9 +1,9 @@
-"""Bounds of any elementwise function of one value, from its code alone.
+"""Bounds of any elementwise function of one value, from its code alone (Piyavskii 1972; Moore 1966, mean value form).
 
 The interval `[l, u]` is cut into cells. In each of them the derivative has a range, by interval arithmetic on the code
-of the derivative, so the function stays above two lines through its values at the cell's ends (the lower bound of
-Piyavskii 1972 with an interval for the slope, as in the mean value form of Moore 1966). The error is of second order
-in the cells' width: with `n` cells a line is lower than the best one by about `1 / n^2` of its gap.
+of the derivative, so the function stays above two lines through its values at the cell's ends. The error is of second
+order in the cells' width: with `n` cells a line is lower than the best one by about `1 / n^2` of its gap, more where
+the code of the derivative names a value several times.
 """
 
 from collections.abc import Callable, Mapping
