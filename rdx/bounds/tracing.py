@@ -145,7 +145,7 @@ class _Tracer:
     def unroll(self, eqn: Any, inputs: list[Value], source: str) -> list[Value]:
         """Runs a `scan` step by step."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        num_consts, num_carry = _scan_sizes(eqn.params)
         consts, carry, xs = (
             inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
         )
@@ -290,6 +290,14 @@ def _like(value: Value, node: Node) -> Value:
     return value if isinstance(value, Node) else jnp.broadcast_to(jnp.asarray(value, node.dtype), node.shape)
 
 
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Counts the constants and the carried values of a `scan`."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(consts), len(carry)
+
+
 class _Call(NamedTuple):
     """An operation to rewrite."""
 
@@ -315,6 +323,8 @@ _REWRITES: dict[str, Callable[[_Tracer, _Call], Any]] = {
     "max": _Tracer.larger,
     "min": _Tracer.larger,
     "mul": _Tracer.product,
+    # The derivative of tanh, from jax 0.11 on.
+    "one_minus_square": lambda tracer, call: tracer.apply(lambda x: 1.0 - jnp.square(x), call.inputs, call.source),
     "ne": lambda _, call: np.zeros(call.shape, bool) if call.inputs[0] is call.inputs[1] else None,
     "reduce_max": _Tracer.reduce_max,
     "reduce_min": _Tracer.reduce_max,
