@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 
 from rdx.balls import Region
-from rdx.bounds import linear, propagation, relaxations
-from rdx.bounds.graph import Graph, Node, Op
+from rdx.bounds import propagation, relaxations
+from rdx.bounds.chunks import Chunks, two_sided
+from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines, SlopeFn
 from rdx.types import Array, PyTree
+
+# What the coefficients of hidden layers may take by default. More would not be faster on CPUs, whose caches it leaves.
+MAX_BYTES = 2.0**28
 
 
 def crown_ibp(
@@ -44,7 +48,7 @@ def crown_ibp(
 
 def crown(
     fn: Callable[..., Array], region: PyTree, *args: PyTree, relu_lower: SlopeFn = relaxations.adaptive,
-    intersect: bool = True,
+    intersect: bool = True, max_bytes: float = MAX_BYTES,
 ) -> Interval:
     """Bounds `fn` by backward substitution, with hidden bounds that come from backward substitution as well.
 
@@ -58,7 +62,9 @@ def crown(
         region: the perturbed inputs, from `Ball.region`; a pytree of regions where `x` is a pytree.
         *args: further arguments, not perturbed; every leaf has a leading batch axis.
         relu_lower: choice of the lower slope of unstable relus, such as `relaxations.adaptive` or `same_slope`.
-        intersect: intersect the bounds of every layer with intervals; without it this is CROWN to the letter.
+        intersect: intersect the bounds of every layer with intervals, and bound only those relus by substitution that
+            intervals leave undecided; without it this is CROWN to the letter.
+        max_bytes: about how much memory the coefficients of hidden layers may take; they are computed in chunks.
 
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.
@@ -66,22 +72,31 @@ def crown(
     Raises:
         UnsupportedPrimitiveError: if `fn` uses an operation without a rule.
     """
+    batch = propagation.batch_size(region)
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
         sets = dict(zip(graph.inputs, regions, strict=True))
 
-        def substitute(node: Node, known: propagation.Known) -> Interval:
+        def substitute(op: Op, node: Node, known: propagation.Known) -> Interval:
             suffix, ends = propagation.affine_suffix(graph, node)
-            is_box = all(n in sets and sets[n].norm == "linf" for n in ends)
-            if is_box and sum(op.is_mixing for op in suffix) <= 1:
-                return known.intervals[node]  # one layer over a box: the interval is exact already
-            tight = linear.two_sided(graph, node, lines, sets, known.centers)
-            return tight.intersect(known.intervals[node]) if intersect else tight
+            interval, is_box = known.intervals[node], all(sets[n].norm == "linf" for n in ends if n in sets)
+            if is_box and ends <= sets.keys() and sum(op.is_mixing for op in suffix) <= 1:
+                return interval  # one layer over a box: that is exact already
+            chunks = Chunks(max_bytes / batch)
+            if intersect:
+                # Of an l2 or l1 ball the interval knows no more than a box around it.
+                chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval) if is_box else None)
+            return two_sided(graph, node, lines, sets, known.centers, chunks)
 
-        enter, lines = _record(lambda op, known: [substitute(node, known) for node in op.nodes], relu_lower)
+        enter, lines = _record(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
         return _substitute(graph, propagation.propagate(graph, regions, enter), regions, lines, intersect=intersect)
 
     return propagation.per_example(bound, fn, region, *args)
+
+
+def _is_needed(op: Op, interval: Interval) -> Array | None:
+    """Tells where lines depend on the bounds: a stable relu is linear whatever they are."""
+    return (interval.lower < 0) & (interval.upper > 0) if op.name == PIECEWISE_LINEAR else None
 
 
 def _record(
@@ -103,5 +118,5 @@ def _substitute(
 ) -> Interval:
     assert isinstance(graph.output, Node)
     sets = dict(zip(graph.inputs, regions, strict=True))
-    bounds = linear.two_sided(graph, graph.output, lines, sets, known.centers)
+    bounds = two_sided(graph, graph.output, lines, sets, known.centers)
     return bounds.intersect(propagation.fused(graph, known, regions)) if intersect else bounds

@@ -1,16 +1,16 @@
 """Linear bounds: backward substitution through a graph, and the extreme values of a linear function over a region."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rdx.balls import Region
-from rdx.bounds import transposition
+from rdx.bounds import patches, transposition
 from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
+from rdx.bounds.patches import Rows
 from rdx.bounds.relaxations import Lines
 from rdx.types import Array
 
@@ -20,12 +20,9 @@ _NUM_BISECTIONS = 20
 
 def lower_bound(
     graph: Graph, target: Node, rows: Array, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
-    references: Mapping[Node, Array],
+    references: Mapping[Node, Array], extra: Mapping[Node, Array] | None = None,
 ) -> Array:
     """Bounds `<rows, target>` from below by substituting backwards until only nodes with known sets are left.
-
-    At an affine operation the coefficients go through its vector-Jacobian product. At a nonlinear one, positive
-    coefficients take its lower line and negative ones the upper (Zhang et al. 2018, CROWN, arXiv:1811.00866, Eq. 8).
 
     Everything is measured from a reference point that affine operations map exactly: with `x = x_ref + d`, a line `s x
     + b` below `f` gives `f(x) - f_ref >= s d + (s x_ref + b - f_ref)`. Biases of affine layers drop out, the sets are
@@ -38,45 +35,62 @@ def lower_bound(
         lines: relaxations of the nonlinear operations to substitute through.
         sets: where substitution ends and what the value there ranges over.
         references: from `reference_points`, for the same lines and sets.
+        extra: coefficients on further nodes, shape `[S, *node.shape]`: what is bounded is `<rows, target>` plus their
+            products, such as the multipliers of constraints on hidden nodes.
 
     Returns:
         Lower bounds, shape `[S]`.
     """
-    pending = {target: rows}
-    own: set[Node] = set()  # nodes whose coefficients went through what differs from example to example
-    bound = _sum(rows * references[target][None])
+    objective = dict(extra or {})
+    objective[target] = objective[target] + rows if target in objective else rows
+    bound = sum((_sum(given * references[node][None]) for node, given in objective.items()), jnp.zeros(len(rows)))
+    given = {node: Rows(values) for node, values in objective.items()}
+    coefficients, gap = substitute(graph, given, lines, sets, references)
+    return sum((deviation(found, sets[node]) for node, found in coefficients.items()), bound + gap)
+
+
+def substitute(
+    graph: Graph, objective: Mapping[Node, Rows], lines: Mapping[Op, Lines], ends: Container[Node],
+    references: Mapping[Node, Array], *, are_own: bool = False, observe: Callable[[int], object] = id,
+) -> tuple[dict[Node, Rows], Array | float]:
+    """Bounds a linear function of nodes from below by a linear function of other nodes.
+
+    At an affine operation the coefficients go through its vector-Jacobian product. At a nonlinear one, positive
+    coefficients take its lower line and negative ones the upper (Zhang et al. 2018, CROWN, arXiv:1811.00866, Eq. 8).
+
+    Args:
+        graph: the traced function.
+        objective: coefficients on the nodes to begin with.
+        lines: relaxations of the nonlinear operations to substitute through.
+        ends: the nodes at which substitution ends.
+        references: a value for every node, from `reference_points`.
+        are_own: whether the rows to begin with differ from example to example.
+        observe: is told how many numbers all coefficients together hold, after each operation.
+
+    Returns:
+        Coefficients on the ends, and the sum of gaps at the reference values, shape `[S]`.
+    """
+    pending = dict(objective)
+    own: set[Node] = set(objective) if are_own else set()  # whose coefficients depend on the example
+    bound: Array | float = 0.0
     for op in reversed(graph.ops):
-        if any(node in sets for node in op.outputs) or not any(node in pending for node in op.outputs):
+        if any(node in ends for node in op.outputs) or not any(node in pending for node in op.outputs):
             continue
         upstream = [pending.pop(node, None) for node in op.outputs]
         is_own = any(node in own for node in op.outputs)
         if is_own or not op.is_affine or op.has_own_coefficients:
             own.update(op.nodes)
         if op.is_affine:
-            coefficients = _through_affine(op, upstream, is_own=is_own)
+            coefficients = _through_affine(op, upstream, are_own=is_own)
         else:
             assert upstream[0] is not None
             inputs, output = [references[node] for node in op.nodes], references[op.outputs[0]]
             coefficients, gap = _through_lines(lines[op], upstream[0], inputs, output)
             bound = bound + gap
-        for node, value in zip(op.nodes, coefficients, strict=True):
-            pending[node] = pending[node] + value if node in pending else value
-    for node, value in pending.items():
-        bound = bound + deviation(value, sets[node])
-    return bound
-
-
-def two_sided(
-    graph: Graph, node: Node, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
-    centers: Mapping[Node, Array],
-) -> Interval:
-    """Bounds every element of a node from both sides: one row per element and side; see `lower_bound`."""
-    rows = jnp.eye(math.prod(node.shape), dtype=node.dtype).reshape(-1, *node.shape)
-    references = reference_points(graph, sets, centers)
-    # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
-    lower = lower_bound(graph, node, rows, lines, sets, references)
-    upper = -lower_bound(graph, node, -rows, lines, sets, references)
-    return Interval(lower.reshape(node.shape), upper.reshape(node.shape))
+        for node, rows in zip(op.nodes, coefficients, strict=True):
+            pending[node] = pending[node].plus(rows, node) if node in pending else rows
+        observe(sum(rows.values.size for rows in pending.values()))
+    return pending, bound
 
 
 def reference_points(
@@ -110,21 +124,20 @@ def reference_points(
     return references
 
 
-def deviation(rows: Array, over: Region | Interval) -> Array:
-    """Computes `min <a, x - reference>` over a set, for every row `a` of `rows [S, ...]`; shape `[S]`, at most 0.
+def deviation(rows: Rows, over: Region | Interval) -> Array:
+    """Computes `min <a, x - reference>` over a set, for every row `a`; shape `[S]`, at most 0.
 
     An interval, or the linf ball in a box, measured from its middle: `-<|a|, radius>`. The other balls in a box,
     measured from the point that they are around: see below.
     """
     if isinstance(over, Interval) or over.norm == "linf":
-        return -_sum(jnp.abs(rows) * (0.5 * (over.upper - over.lower))[None])
-    a, radius = rows.reshape(rows.shape[0], -1), over.radius.reshape(-1)
-    safe = jnp.where(radius > 0, radius, 1.0)
+        return -_sum(jnp.abs(rows.values) * rows.beside(0.5 * (over.upper - over.lower)))
+    safe = jnp.where(over.radius > 0, over.radius, 1.0)
     # delta = radius t with ||t|| <= 1: the unit ball, inside the box [low, high] that contains 0.
-    low, high = (
-        jnp.where(radius > 0, (end - over.center).reshape(-1) / safe, 0.0)[None] for end in (over.lower, over.upper)
-    )
-    return (_min_over_l2 if over.norm == "l2" else _min_over_l1)(a * radius[None], low, high)
+    low, high = (jnp.where(over.radius > 0, (end - over.center) / safe, 0.0) for end in (over.lower, over.upper))
+    gain = rows.values * rows.beside(over.radius)
+    flat = (value.reshape(value.shape[0], -1) for value in (gain, rows.beside(low), rows.beside(high)))
+    return (_min_over_l2 if over.norm == "l2" else _min_over_l1)(*flat)
 
 
 def _min_over_l2(gain: Array, low: Array, high: Array) -> Array:
@@ -167,33 +180,37 @@ def _min_over_l1(gain: Array, low: Array, high: Array) -> Array:
     return -(worth * jnp.clip(1.0 - before, 0.0, room)).sum(axis=1)
 
 
-def _through_affine(op: Op, upstream: list[Array | None], *, is_own: bool) -> tuple[Array, ...]:
+def _through_affine(op: Op, upstream: list[Rows | None], *, are_own: bool) -> Sequence[Rows]:
     if len(upstream) == 1 and upstream[0] is not None:
-        fast = transposition.transpose(op, upstream[0], are_own=is_own)
+        local = patches.transpose(op, upstream[0], are_own=are_own)
+        if local is not None:
+            return local
+        fast = transposition.transpose(op, upstream[0].dense(op.outputs[0]), are_own=are_own)
         if fast is not None:
-            return (fast,)
-    zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]
-    size = next(rows.shape[0] for rows in upstream if rows is not None)
+            return (Rows(fast),)
+    size = next(rows.values.shape[0] for rows in upstream if rows is not None)
     rows = tuple(
-        jnp.zeros((size, *node.shape), node.dtype) if given is None else given
+        jnp.zeros((size, *node.shape), node.dtype) if given is None else given.dense(node)
         for given, node in zip(upstream, op.outputs, strict=True)
     )
-    return jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)
+    zeros = [jnp.zeros(node.shape, node.dtype) for node in op.nodes]
+    return [Rows(values) for values in jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)]
 
 
 def _through_lines(
-    lines: Lines, rows: Array, inputs: Sequence[Array], output: Array
-) -> tuple[tuple[Array, ...], Array]:
-    is_positive = rows > 0
-    coefficients = tuple(
-        rows * jnp.where(is_positive, lower[None], upper[None])
-        for lower, upper in zip(lines.lower_slopes, lines.upper_slopes, strict=True)
-    )
+    lines: Lines, rows: Rows, inputs: Sequence[Array], output: Array
+) -> tuple[list[Rows], Array]:
+    is_positive = rows.values > 0
+
+    def picked(lower: Array, upper: Array) -> Array:
+        return jnp.where(is_positive, rows.beside(lower), rows.beside(upper))
+
+    slopes = [picked(*pair) for pair in zip(lines.lower_slopes, lines.upper_slopes, strict=True)]
     gaps = (
         sum((slope * value for slope, value in zip(slopes, inputs, strict=True)), bias) - output
         for slopes, bias in ((lines.lower_slopes, lines.lower_bias), (lines.upper_slopes, lines.upper_bias))
     )
-    return coefficients, _sum(rows * jnp.where(is_positive, *(gap[None] for gap in gaps)))
+    return [rows.scaled(slope) for slope in slopes], _sum(rows.values * picked(*gaps))
 
 
 def _sum(rows: Array) -> Array:

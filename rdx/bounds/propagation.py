@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 
 from rdx.balls import Region
-from rdx.bounds import arithmetic, composites, linear, relaxations, tracing
+from rdx.bounds import arithmetic, composites, relaxations, tracing
+from rdx.bounds.chunks import two_sided
 from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.types import Array, PyTree
@@ -41,6 +42,11 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
         return Interval(bounds.lower[0], bounds.upper[0])
 
     return jax.vmap(one)(region, args)
+
+
+def batch_size(region: PyTree) -> int:
+    """Counts the examples of a region."""
+    return jax.tree.leaves(region)[0].shape[0]
 
 
 def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Known], list[Interval]]) -> Known:
@@ -78,7 +84,7 @@ def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Kno
         _, ends = affine_suffix(graph, node)
         if not ends & curved:
             return known.intervals[node]
-        return linear.two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
+        return two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
 
     return lambda op, known: [bound(node, known) for node in op.nodes]
 
@@ -92,7 +98,7 @@ def fused(graph: Graph, known: Known, regions: Sequence[Region]) -> Interval:
     suffix, ends = affine_suffix(graph, graph.output)
     is_curved = any(r.norm != "linf" and node in ends for node, r in zip(graph.inputs, regions, strict=True))
     if is_curved or sum(op.is_mixing for op in suffix) > 1:
-        return linear.two_sided(graph, graph.output, {}, _ends(graph, known, regions), known.centers)
+        return two_sided(graph, graph.output, {}, _ends(graph, known, regions), known.centers)
     return known.intervals[graph.output]
 
 

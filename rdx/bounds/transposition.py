@@ -104,8 +104,7 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
 
     is_plain = params["feature_group_count"] == 1
     is_dense = all(d == 1 for d in (*params["lhs_dilation"], *params["rhs_dilation"]))
-    has_stride = any(stride > 1 for stride in params["window_strides"])
-    substitute = by_phases if is_plain and is_dense and has_stride else by_differentiation
+    substitute = by_phases if is_plain and is_dense else by_differentiation
 
     @jax.custom_vjp
     def transposed(rows: Array, kernel: Array) -> Array:
@@ -143,7 +142,12 @@ def _by_phases(
     # (q1, r1, q2, r2, ..., I, O) -> (q1, q2, ..., O, r1, r2, ..., I), and q runs backwards as in any transposition.
     kernel = kernel.transpose(*range(0, 2 * rank, 2), 2 * rank + 1, *range(1, 2 * rank, 2), 2 * rank)
     kernel = jnp.flip(kernel.reshape(*taps, channels_out, -1), axis=tuple(range(rank)))
-    padded = [(m - 1, m - 1) for m in taps]
+    # Without stride, padding does what cropping does below.
+    lows = [low if stride > 1 else 0 for (low, _), stride in zip(padding, strides, strict=True)]
+    padded = [
+        (m - 1, m - 1) if stride > 1 else (m - 1 - low, size - extent + low)
+        for m, stride, (low, _), size, extent in zip(taps, strides, padding, space, rows.shape[1:], strict=False)
+    ]
     phases = lax.conv_general_dilated(rows, kernel, (1,) * rank, padded, dimension_numbers=_layout(rank))
     count, extents = phases.shape[0], phases.shape[1:-1]
     phases = phases.reshape(count, *extents, *strides, channels_in)
@@ -153,6 +157,6 @@ def _by_phases(
     )
     # Position 0 of the image is -low in the input: crop what lies in the padding, fill up what no window reached.
     crop = [
-        (-low, extent + low - size, 0) for (low, _), extent, size in zip(padding, space, image.shape[1:], strict=False)
+        (-low, extent + low - size, 0) for low, extent, size in zip(lows, space, image.shape[1:], strict=False)
     ]
     return lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *crop, (0, 0, 0)])

@@ -1,0 +1,153 @@
+"""Bounds of every element of a node, as many at a time as the memory allows and only where they are needed."""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from rdx.balls import Region
+from rdx.bounds import linear, patches
+from rdx.bounds.graph import Graph, Node, Op
+from rdx.bounds.interval import Interval
+from rdx.bounds.patches import Rows
+from rdx.bounds.relaxations import Lines
+from rdx.types import Array
+
+# Arrays of the coefficients' size that one step of substitution holds: coefficients, two slopes, two gaps, a product.
+_NUM_COPIES = 6
+
+
+class Chunks(NamedTuple):
+    """How many elements of a node are bounded at a time, and which.
+
+    Attributes:
+        max_bytes: about how much memory the coefficients of one example may take.
+        known: bounds to intersect with, and to keep where nothing tighter is needed.
+        is_needed: the elements to bound, in the node's shape; None for all.
+    """
+
+    max_bytes: float = math.inf
+    known: Interval | None = None
+    is_needed: Array | None = None
+
+
+WHOLE = Chunks()
+
+
+def two_sided(
+    graph: Graph, node: Node, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
+    centers: Mapping[Node, Array], chunks: Chunks = WHOLE,
+) -> Interval:
+    """Bounds the elements of a node from both sides: one row per element and side; see `linear.lower_bound`.
+
+    Rows are taken chunk by chunk where they are too many for the memory. Those that are needed come first, and chunks
+    that no example of a batch needs are left out; what an example is told never depends on the others.
+    """
+    references = linear.reference_points(graph, sets, centers)
+    reference = references[node].reshape(-1)
+    begin = _beginning(graph, node, references)
+
+    def bound(indices: Array, *, are_own: bool = False, observe: Callable[[int], object] = id) -> Interval:
+        objective = begin(indices)
+        middle = reference[indices]
+
+        def total(sign: float) -> Array:
+            signed = {end: dataclasses.replace(rows, values=sign * rows.values) for end, rows in objective.items()}
+            coefficients, gap = linear.substitute(
+                graph, signed, lines, sets, references, are_own=are_own, observe=observe
+            )
+            return sum((linear.deviation(rows, sets[end]) for end, rows in coefficients.items()), sign * middle + gap)
+
+        # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
+        return Interval(total(1.0), -total(-1.0))
+
+    found = _by_chunks(bound, reference.size, reference.dtype.itemsize, chunks)
+    return Interval(*(end.reshape(node.shape) for end in found))
+
+
+def _beginning(
+    graph: Graph, node: Node, references: Mapping[Node, Array]
+) -> Callable[[Array], dict[Node, Rows]]:
+    """Makes the function that builds a row for each of some elements of a node, given by their indices.
+
+    Dense rows go back to the last nonlinear operations at once, for all elements: that is the same for all examples.
+    """
+    axes = patches.image_axes(graph, node)
+    if axes is not None:
+        return lambda indices: {node: patches.units(node, axes, indices)}
+    size = math.prod(node.shape)
+    unit = Rows(jnp.eye(size, dtype=node.dtype).reshape(-1, *node.shape))
+    bent = {output for op in graph.ops if not op.is_affine for output in op.outputs}
+    coefficients, _ = linear.substitute(graph, {node: unit}, {}, bent, references)
+
+    def begin(indices: Array) -> dict[Node, Rows]:
+        if len(indices) == size:
+            return coefficients
+        return {end: rows.take(indices) for end, rows in coefficients.items()}
+
+    return begin
+
+
+def _by_chunks(bound: Callable[..., Interval], size: int, itemsize: int, chunks: Chunks) -> Interval:
+    """Runs `bound(indices) -> Interval` over all elements, in as many steps as the memory asks for."""
+    known = None if chunks.known is None else Interval(*(end.reshape(-1) for end in chunks.known))
+    count = min(size, _chunk_size(bound, itemsize, chunks.max_bytes))
+    if count == size:
+        found = bound(jnp.arange(size))
+        if known is None:
+            return found
+        tight = found.intersect(known)
+        return tight if chunks.is_needed is None else _kept(tight, known, chunks.is_needed.reshape(-1))
+    is_needed = jnp.ones(size, bool) if chunks.is_needed is None else lax.stop_gradient(chunks.is_needed.reshape(-1))
+    are_own = chunks.is_needed is not None
+    order = jnp.argsort(~is_needed, stable=True) if are_own else jnp.arange(size)
+    # The last chunk is filled up with an element that nobody needs a second time.
+    padding = -size % count
+    order = jnp.pad(order, (0, padding))
+    wanted = jnp.pad(is_needed[order[:size]], (0, padding))
+
+    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Interval]:
+        indices, wanted = chunk
+        if known is None:
+            return None, bound(indices, are_own=are_own)
+        here = Interval(*(end[indices] for end in known))
+
+        def tightened() -> Interval:
+            return _kept(bound(indices, are_own=are_own).intersect(here), here, wanted)
+
+        return None, lax.cond(any_example(wanted.any()), tightened, lambda: here)
+
+    _, found = lax.scan(step, None, (order.reshape(-1, count), wanted.reshape(-1, count)))
+    place = jnp.zeros(size, order.dtype).at[order[:size]].set(jnp.arange(size))
+    return Interval(*(end.reshape(-1)[:size][place] for end in found))
+
+
+def _kept(found: Interval, known: Interval, is_needed: Array) -> Interval:
+    return Interval(*(jnp.where(is_needed, new, old) for new, old in zip(found, known, strict=True)))
+
+
+def _chunk_size(bound: Callable[..., Interval], itemsize: int, max_bytes: float) -> int:
+    if max_bytes == math.inf:
+        return sys.maxsize
+    sizes: list[int] = []
+    jax.eval_shape(functools.partial(bound, observe=sizes.append), jax.ShapeDtypeStruct((1,), jnp.int32))
+    return max(1, int(max_bytes / (_NUM_COPIES * itemsize * max(sizes, default=1))))
+
+
+@custom_vmap
+def any_example(flag: Array) -> Array:
+    """Gives a flag of one example; under `vmap`, that of the whole batch, so that a `cond` on it stays one."""
+    return flag
+
+
+@any_example.def_vmap
+def _any_example(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    del axis_size
+    return any_example(flag.any(axis=0) if in_batched[0] else flag), False
