@@ -1,6 +1,7 @@
 """Certified bounds of any JAX function: `method(fn, region, *args) -> Interval`, methods interchangeable."""
 
 from rdx.bounds import relaxations
+from rdx.bounds.alpha import alpha_crown
 from rdx.bounds.certify import Certificate, certify
 from rdx.bounds.crown import crown, crown_ibp
 from rdx.bounds.graph import UnsupportedPrimitiveError
@@ -10,6 +11,6 @@ from rdx.bounds.relaxations import Lines, register
 from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_case
 
 __all__ = [
-    "Certificate", "Interval", "Lines", "Threat", "UnsupportedPrimitiveError", "WorstCase", "certify", "crown",
-    "crown_ibp", "ibp", "phased_objective", "register", "relaxations", "worst_case",
+    "Certificate", "Interval", "Lines", "Threat", "UnsupportedPrimitiveError", "WorstCase", "alpha_crown", "certify",
+    "crown", "crown_ibp", "ibp", "phased_objective", "register", "relaxations", "worst_case",
 ]

@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,17 @@ from rdx.balls import Region
 from rdx.bounds import linear, patches
 from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
+from rdx.bounds.linear import SlopeChoice
 from rdx.bounds.patches import Rows
 from rdx.bounds.relaxations import Lines
 from rdx.types import Array
 
 # Arrays of the coefficients' size that one step of substitution holds: coefficients, two slopes, two gaps, a product.
 _NUM_COPIES = 6
+
+
+# (slope choice -> lower bounds [n]) -> lower bounds [n] of the best choice.
+Optimise: TypeAlias = Callable[[Callable[[SlopeChoice], Array]], Array]
 
 
 class Chunks(NamedTuple):
@@ -43,7 +48,7 @@ WHOLE = Chunks()
 
 def two_sided(
     graph: Graph, node: Node, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
-    centers: Mapping[Node, Array], chunks: Chunks = WHOLE,
+    centers: Mapping[Node, Array], *, chunks: Chunks = WHOLE, optimise: Optimise | None = None,
 ) -> Interval:
     """Bounds the elements of a node from both sides: one row per element and side; see `linear.lower_bound`.
 
@@ -55,15 +60,19 @@ def two_sided(
     begin = _beginning(graph, node, references)
 
     def bound(indices: Array, *, are_own: bool = False, observe: Callable[[int], object] = id) -> Interval:
-        objective = begin(indices)
-        middle = reference[indices]
+        objective, middle = begin(indices), reference[indices]
 
         def total(sign: float) -> Array:
             signed = {end: dataclasses.replace(rows, values=sign * rows.values) for end, rows in objective.items()}
-            coefficients, gap = linear.substitute(
-                graph, signed, lines, sets, references, are_own=are_own, observe=observe
-            )
-            return sum((linear.deviation(rows, sets[end]) for end, rows in coefficients.items()), sign * middle + gap)
+            run = functools.partial(linear.substitute, graph, signed, lines, sets, references, observe=observe)
+
+            def value(choose: SlopeChoice) -> Array:
+                # Slopes are optimised inside of what a `vmap` will batch, where rows must not wait for it.
+                coefficients, gap = run(choose=choose, are_own=are_own, folds=optimise is None)
+                bound = sign * middle + gap
+                return sum((linear.deviation(found, sets[end]) for end, found in coefficients.items()), bound)
+
+            return optimise(value) if optimise else value(linear.as_given)
 
         # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
         return Interval(total(1.0), -total(-1.0))
@@ -72,9 +81,7 @@ def two_sided(
     return Interval(*(end.reshape(node.shape) for end in found))
 
 
-def _beginning(
-    graph: Graph, node: Node, references: Mapping[Node, Array]
-) -> Callable[[Array], dict[Node, Rows]]:
+def _beginning(graph: Graph, node: Node, references: Mapping[Node, Array]) -> Callable[[Array], dict[Node, Rows]]:
     """Makes the function that builds a row for each of some elements of a node, given by their indices.
 
     Dense rows go back to the last nonlinear operations at once, for all elements: that is the same for all examples.

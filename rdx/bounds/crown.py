@@ -1,10 +1,11 @@
 """CROWN (Zhang et al. 2018, arXiv:1811.00866) and CROWN-IBP (Zhang et al. 2020, arXiv:1906.06316)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from rdx.balls import Region
 from rdx.bounds import propagation, relaxations
-from rdx.bounds.chunks import Chunks, two_sided
+from rdx.bounds.chunks import Chunks, Optimise, two_sided
 from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines, SlopeFn
@@ -12,6 +13,8 @@ from rdx.types import Array, PyTree
 
 # What the coefficients of hidden layers may take by default. More would not be faster on CPUs, whose caches it leaves.
 MAX_BYTES = 2.0**28
+# (slope choice -> lower bounds, bounds with which operations are entered) -> lower bounds of the best choice.
+OptimiseOver: TypeAlias = Callable[[Callable[..., Array], Mapping[Op, Sequence[Interval]]], Array]
 
 
 def crown_ibp(
@@ -40,8 +43,9 @@ def crown_ibp(
     """
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
-        enter, lines = _record(propagation.interval_entry(graph, regions), relu_lower)
-        return _substitute(graph, propagation.propagate(graph, regions, enter), regions, lines, intersect=intersect)
+        relaxed = _Relaxed(propagation.interval_entry(graph, regions), relu_lower)
+        known = propagation.propagate(graph, regions, relaxed.enter)
+        return _output(graph, known, regions, relaxed, intersect=intersect)
 
     return propagation.per_example(bound, fn, region, *args)
 
@@ -72,10 +76,37 @@ def crown(
     Raises:
         UnsupportedPrimitiveError: if `fn` uses an operation without a rule.
     """
+    return layer_by_layer(fn, region, *args, relu_lower=relu_lower, intersect=intersect, max_bytes=max_bytes)
+
+
+def layer_by_layer(
+    fn: Callable[..., Array], region: PyTree, *args: PyTree, relu_lower: SlopeFn = relaxations.adaptive,
+    intersect: bool = True, max_bytes: float = MAX_BYTES, optimise_hidden: OptimiseOver | None = None,
+    optimise_output: OptimiseOver | None = None,
+) -> Interval:
+    """Bounds `fn` by substitution from every layer, with slopes that may be optimised; see `crown` and `alpha_crown`.
+
+    Args:
+        fn: as in `crown`, like all that is not named here.
+        region: the perturbed inputs.
+        *args: further arguments.
+        relu_lower: choice of the lower slope of unstable relus.
+        intersect: intersect the bounds of every layer with intervals.
+        max_bytes: about how much memory the coefficients may take.
+        optimise_hidden: `(value, entered) -> lower bounds`, finds the best slopes for some rows of hidden layers, where
+            `value(choice of slopes)` computes their bounds and `entered` holds the inputs' bounds of all operations.
+        optimise_output: the same for the output.
+
+    Returns:
+        Bounds of the output, each end of shape `[B, ...]`.
+    """
     batch = propagation.batch_size(region)
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
         sets = dict(zip(graph.inputs, regions, strict=True))
+
+        def over(optimise: OptimiseOver | None) -> Callable[..., Array] | None:
+            return None if optimise is None else lambda value: optimise(value, relaxed.entered)
 
         def substitute(op: Op, node: Node, known: propagation.Known) -> Interval:
             suffix, ends = propagation.affine_suffix(graph, node)
@@ -86,37 +117,41 @@ def crown(
             if intersect:
                 # Of an l2 or l1 ball the interval knows no more than a box around it.
                 chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval) if is_box else None)
-            return two_sided(graph, node, lines, sets, known.centers, chunks)
+            return two_sided(
+                graph, node, relaxed.lines, sets, known.centers, chunks=chunks, optimise=over(optimise_hidden)
+            )
 
-        enter, lines = _record(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
-        return _substitute(graph, propagation.propagate(graph, regions, enter), regions, lines, intersect=intersect)
+        relaxed = _Relaxed(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
+        known = propagation.propagate(graph, regions, relaxed.enter)
+        return _output(graph, known, regions, relaxed, intersect=intersect, optimise=over(optimise_output))
 
     return propagation.per_example(bound, fn, region, *args)
 
 
 def _is_needed(op: Op, interval: Interval) -> Array | None:
     """Tells where lines depend on the bounds: a stable relu is linear whatever they are."""
-    return (interval.lower < 0) & (interval.upper > 0) if op.name == PIECEWISE_LINEAR else None
+    return relaxations.is_unstable(interval) if op.name == PIECEWISE_LINEAR else None
 
 
-def _record(
-    enter: Callable[[Op, propagation.Known], list[Interval]], relu_lower: SlopeFn
-) -> tuple[Callable[[Op, propagation.Known], list[Interval]], dict[Op, Lines]]:
-    """Wraps `enter` so that every nonlinear operation leaves its lines behind."""
-    lines: dict[Op, Lines] = {}
+class _Relaxed:
+    """Remembers with which bounds nonlinear operations are entered, and their lines there."""
 
-    def entered(op: Op, known: propagation.Known) -> list[Interval]:
-        bounds = enter(op, known)
-        lines[op] = relaxations.relax(op, bounds, relu_lower)
-        return bounds
+    def __init__(self, enter: Callable[[Op, propagation.Known], list[Interval]], relu_lower: SlopeFn) -> None:
+        self.entered: dict[Op, list[Interval]] = {}
+        self.lines: dict[Op, Lines] = {}
+        self._enter, self._relu_lower = enter, relu_lower
 
-    return entered, lines
+    def enter(self, op: Op, known: propagation.Known) -> list[Interval]:
+        self.entered[op] = self._enter(op, known)
+        self.lines[op] = relaxations.relax(op, self.entered[op], self._relu_lower)
+        return self.entered[op]
 
 
-def _substitute(
-    graph: Graph, known: propagation.Known, regions: Sequence[Region], lines: dict[Op, Lines], *, intersect: bool
+def _output(
+    graph: Graph, known: propagation.Known, regions: Sequence[Region], relaxed: _Relaxed, *, intersect: bool,
+    optimise: Optimise | None = None,
 ) -> Interval:
     assert isinstance(graph.output, Node)
     sets = dict(zip(graph.inputs, regions, strict=True))
-    bounds = two_sided(graph, graph.output, lines, sets, known.centers)
+    bounds = two_sided(graph, graph.output, relaxed.lines, sets, known.centers, optimise=optimise)
     return bounds.intersect(propagation.fused(graph, known, regions)) if intersect else bounds

@@ -1,6 +1,8 @@
 """Linear bounds: backward substitution through a graph, and the extreme values of a linear function over a region."""
 
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,20 @@ from rdx.types import Array
 _NUM_BISECTIONS = 20
 
 
+# (op, rows on its output) -> slopes beside the rows, or None.
+SlopeChoice: TypeAlias = Callable[[Op, Rows], Array | None]
+
+
+def as_given(op: Op, rows: Rows) -> None:
+    """Chooses no slopes: lines stay as they are."""
+    del op, rows
+
+
 def lower_bound(
-    graph: Graph, target: Node, rows: Array, lines: Mapping[Op, Lines], sets: Mapping[Node, Region | Interval],
-    references: Mapping[Node, Array], extra: Mapping[Node, Array] | None = None,
+    graph: Graph, objective: Mapping[Node, Array], lines: Mapping[Op, Lines],
+    sets: Mapping[Node, Region | Interval], references: Mapping[Node, Array],
 ) -> Array:
-    """Bounds `<rows, target>` from below by substituting backwards until only nodes with known sets are left.
+    """Bounds `sum_n <rows_n, n>` from below by substituting backwards until only nodes with known sets are left.
 
     Everything is measured from a reference point that affine operations map exactly: with `x = x_ref + d`, a line `s x
     + b` below `f` gives `f(x) - f_ref >= s d + (s x_ref + b - f_ref)`. Biases of affine layers drop out, the sets are
@@ -30,28 +41,24 @@ def lower_bound(
 
     Args:
         graph: the traced function.
-        target: the node to bound.
-        rows: coefficients on it, shape `[S, *target.shape]`.
+        objective: coefficients on nodes, shape `[S, *node.shape]` each.
         lines: relaxations of the nonlinear operations to substitute through.
         sets: where substitution ends and what the value there ranges over.
         references: from `reference_points`, for the same lines and sets.
-        extra: coefficients on further nodes, shape `[S, *node.shape]`: what is bounded is `<rows, target>` plus their
-            products, such as the multipliers of constraints on hidden nodes.
 
     Returns:
         Lower bounds, shape `[S]`.
     """
-    objective = dict(extra or {})
-    objective[target] = objective[target] + rows if target in objective else rows
-    bound = sum((_sum(given * references[node][None]) for node, given in objective.items()), jnp.zeros(len(rows)))
-    given = {node: Rows(values) for node, values in objective.items()}
+    given = {node: Rows(rows) for node, rows in objective.items()}
+    start = functools.reduce(jnp.add, [_sum(rows * references[node][None]) for node, rows in objective.items()])
     coefficients, gap = substitute(graph, given, lines, sets, references)
-    return sum((deviation(found, sets[node]) for node, found in coefficients.items()), bound + gap)
+    return sum((deviation(rows, sets[node]) for node, rows in coefficients.items()), start + gap)
 
 
 def substitute(
     graph: Graph, objective: Mapping[Node, Rows], lines: Mapping[Op, Lines], ends: Container[Node],
-    references: Mapping[Node, Array], *, are_own: bool = False, observe: Callable[[int], object] = id,
+    references: Mapping[Node, Array], *, choose: SlopeChoice = as_given, are_own: bool = False, folds: bool = True,
+    observe: Callable[[int], object] = id,
 ) -> tuple[dict[Node, Rows], Array | float]:
     """Bounds a linear function of nodes from below by a linear function of other nodes.
 
@@ -64,7 +71,10 @@ def substitute(
         lines: relaxations of the nonlinear operations to substitute through.
         ends: the nodes at which substitution ends.
         references: a value for every node, from `reference_points`.
+        choose: `(op, rows) -> slopes` of the free line of a piecewise-linear operation, one beside each coefficient;
+            None for the slope that its lines have.
         are_own: whether the rows to begin with differ from example to example.
+        folds: whether rows that do are folded into one axis under `vmap`; see `transposition.transpose`.
         observe: is told how many numbers all coefficients together hold, after each operation.
 
     Returns:
@@ -81,11 +91,15 @@ def substitute(
         if is_own or not op.is_affine or op.has_own_coefficients:
             own.update(op.nodes)
         if op.is_affine:
-            coefficients = _through_affine(op, upstream, are_own=is_own)
+            coefficients = _through_affine(op, upstream, are_own=is_own and folds)
         else:
             assert upstream[0] is not None
-            inputs, output = [references[node] for node in op.nodes], references[op.outputs[0]]
-            coefficients, gap = _through_lines(lines[op], upstream[0], inputs, output)
+            values = [references[node] for node in (*op.nodes, op.outputs[0])]
+            free = choose(op, upstream[0])
+            if free is None:
+                coefficients, gap = _through_lines(lines[op], upstream[0], values)
+            else:
+                coefficients, gap = _through_free_line(op, lines[op], upstream[0], free, values)
             bound = bound + gap
         for node, rows in zip(op.nodes, coefficients, strict=True):
             pending[node] = pending[node].plus(rows, node) if node in pending else rows
@@ -197,20 +211,34 @@ def _through_affine(op: Op, upstream: list[Rows | None], *, are_own: bool) -> Se
     return [Rows(values) for values in jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)]
 
 
-def _through_lines(
-    lines: Lines, rows: Rows, inputs: Sequence[Array], output: Array
-) -> tuple[list[Rows], Array]:
+def _through_lines(lines: Lines, rows: Rows, values: Sequence[Array]) -> tuple[list[Rows], Array]:
+    """Replaces an operation by its lines; `values` are those at the reference point, of the inputs and the output."""
     is_positive = rows.values > 0
 
     def picked(lower: Array, upper: Array) -> Array:
         return jnp.where(is_positive, rows.beside(lower), rows.beside(upper))
 
     slopes = [picked(*pair) for pair in zip(lines.lower_slopes, lines.upper_slopes, strict=True)]
-    gaps = (
-        sum((slope * value for slope, value in zip(slopes, inputs, strict=True)), bias) - output
-        for slopes, bias in ((lines.lower_slopes, lines.lower_bias), (lines.upper_slopes, lines.upper_bias))
-    )
+    gaps = (_gap(lines.lower_slopes, lines.lower_bias, values), _gap(lines.upper_slopes, lines.upper_bias, values))
     return [rows.scaled(slope) for slope in slopes], _sum(rows.values * picked(*gaps))
+
+
+def _through_free_line(
+    op: Op, lines: Lines, rows: Rows, free: Array, values: Sequence[Array]
+) -> tuple[list[Rows], Array]:
+    """Replaces a function with one kink by its chord on one side, on the other by a line through the kink."""
+    if op.params["above"] >= op.params["below"]:
+        is_free, slope, bias = rows.values > 0, lines.upper_slopes, lines.upper_bias
+    else:
+        is_free, slope, bias = rows.values < 0, lines.lower_slopes, lines.lower_bias
+    x, y = (rows.beside(value) for value in values)
+    gap = jnp.where(is_free, free * x - y, rows.beside(_gap(slope, bias, values)))
+    return [rows.scaled(jnp.where(is_free, free, rows.beside(slope[0])))], _sum(rows.values * gap)
+
+
+def _gap(slopes: Sequence[Array], bias: Array, values: Sequence[Array]) -> Array:
+    *inputs, output = values
+    return sum((slope * value for slope, value in zip(slopes, inputs, strict=True)), bias) - output
 
 
 def _sum(rows: Array) -> Array:

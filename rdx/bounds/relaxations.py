@@ -79,7 +79,7 @@ def relax(op: graph.Op, inputs: Sequence[Interval], relu_lower: SlopeFn) -> Line
     """
     if op.name == graph.PIECEWISE_LINEAR:
         (bounds,) = inputs
-        return _piecewise_linear(bounds, relu_lower, op.params["below"], op.params["above"])
+        return _piecewise_linear(op, bounds, relu_lower)
     return RULES[op.name](op, *inputs)
 
 
@@ -92,19 +92,39 @@ def propagate(op: graph.Op, inputs: Sequence[Interval]) -> Interval:
     return arithmetic.evaluate(op, values)[0]
 
 
-def _piecewise_linear(bounds: Interval, relu_lower: SlopeFn, below: float, above: float) -> Lines:
-    lower, upper = bounds
-    is_on, is_off = lower >= 0, upper <= 0
-    is_unstable = ~(is_on | is_off)
+def share(bounds: Interval, relu_lower: SlopeFn) -> Array:
+    """Computes the share of the slope above the kink that a rule gives the free line of an unstable neuron."""
+    lower, upper = _unstable_ends(bounds)
+    return relu_lower(lower, upper)
+
+
+def free_slope(op: graph.Op, bounds: Interval, share: Array | float) -> Array:
+    """Computes the slope `below + (above - below) share` of the line through the kink; a stable neuron has but one."""
+    below, above = op.params["below"], op.params["above"]
+    exact = jnp.where(bounds.lower >= 0, jnp.full_like(bounds.lower, above), jnp.full_like(bounds.lower, below))
+    return jnp.where(is_unstable(bounds), below + (above - below) * share, exact)
+
+
+def is_unstable(bounds: Interval) -> Array:
+    """Tells where a function with one kink is not sure to be linear; that includes NaN, which must not get lost."""
+    return ~((bounds.lower >= 0) | (bounds.upper <= 0))
+
+
+def _unstable_ends(bounds: Interval) -> Interval:
     # On stable neurons the safe interval [-1, 1] stands in, so that neither value nor gradient is ever infinite.
-    safe_lower, safe_upper = jnp.where(is_unstable, lower, -1.0), jnp.where(is_unstable, upper, 1.0)
-    width = jnp.maximum(safe_upper - safe_lower, _NARROW)
-    chord = (above * safe_upper - below * safe_lower) / width
-    chord_bias = (below - above) * safe_lower * safe_upper / width
-    line = below + (above - below) * relu_lower(safe_lower, safe_upper)
-    exact = jnp.where(is_on, jnp.full_like(lower, above), jnp.full_like(lower, below))
-    chord_line = (jnp.where(is_unstable, chord, exact), jnp.where(is_unstable, chord_bias, 0.0))
-    free_line = (jnp.where(is_unstable, line, exact), jnp.zeros_like(lower))
+    bends = is_unstable(bounds)
+    return Interval(jnp.where(bends, bounds.lower, -1.0), jnp.where(bends, bounds.upper, 1.0))
+
+
+def _piecewise_linear(op: graph.Op, bounds: Interval, relu_lower: SlopeFn) -> Lines:
+    below, above = op.params["below"], op.params["above"]
+    lower, upper = _unstable_ends(bounds)
+    width = jnp.maximum(upper - lower, _NARROW)
+    free = free_slope(op, bounds, share(bounds, relu_lower))
+    bends = is_unstable(bounds)
+    chord = jnp.where(bends, (above * upper - below * lower) / width, free)
+    chord_bias = jnp.where(bends, (below - above) * lower * upper / width, 0.0)
+    free_line, chord_line = (free, jnp.zeros_like(lower)), (chord, chord_bias)
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
     lower_line, upper_line = (free_line, chord_line) if above >= below else (chord_line, free_line)
     return _line(*lower_line, *upper_line)
