@@ -27,6 +27,7 @@ BY_PLACE = {
     "rdx.goals.target": {"loss"},
     "rdx.metrics.rate": {"mask"},
     "rdx.metrics.wilson": {"z"},
+    "rdx.models.onnx_node.Node.get": {"default"},  # as of a dict
     **{f"rdx.models.cnn.{name}": {"num_classes"} for name in ("a5_classifier", "bench_cnn", "digits_cnn", "small_cnn")},
 }
 KEYS_LATER = {"rdx.attacks.base.restart"}  # the driver: first the functions that it drives

@@ -1,5 +1,6 @@
-"""Networks as flax.linen modules that return logits, and their bridge to the library's pure functions."""
+"""Networks as flax.linen modules or ONNX files, and their bridge to the library's pure functions."""
 
+from rdx.models import onnx
 from rdx.models.apply import Forward, forward, logits_fn, num_parameters
 from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, small_cnn
 from rdx.models.mlp import MLP
@@ -21,5 +22,6 @@ __all__ = [
     "logits_fn",
     "mnist_robustifier",
     "num_parameters",
+    "onnx",
     "small_cnn",
 ]
