@@ -25,6 +25,9 @@ AFFINE = MONOTONE | BILINEAR | {"div", "neg", "sub"}
 # Not primitives: functions with one kink at 0, and the larger of two values as max pooling bounds it.
 PIECEWISE_LINEAR = "piecewise_linear"
 POOL = "pool"
+# The exponential inside a softmax, constant beyond `EXP_LIMIT`; what is divided by it is below 2e-35 there.
+CLIPPED_EXP = "clipped_exp"
+EXP_LIMIT = 80.0
 # Where constants decide what goes where; the remaining inputs may be perturbed.
 _INDICES = {
     "select_n": slice(0, 1), "gather": slice(1, None), "dynamic_slice": slice(1, None), "scatter": slice(1, 2),
@@ -146,3 +149,8 @@ def reachable(ops: Sequence[Op], output: Value) -> Iterator[Op]:
 def piecewise_linear(x: Array, below: float, above: float) -> Array:
     """Evaluates `above x` where `x > 0` and `below x` elsewhere; its derivative at 0 is `below`, as for relu."""
     return jnp.where(x > 0, above * x, below * x)
+
+
+def clipped_exp(x: Array) -> Array:
+    """Evaluates `exp(min(x, 80))`, which sums of thousands of terms keep finite in float32."""
+    return jnp.exp(jnp.minimum(x, EXP_LIMIT))

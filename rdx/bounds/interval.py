@@ -21,7 +21,8 @@ class Interval(NamedTuple):
     @property
     def center(self) -> Array:
         """The midpoint `(lower + upper) / 2`."""
-        return 0.5 * (self.lower + self.upper)
+        # Not half the sum, which is infinite where a mask has put the least number that there is.
+        return self.lower + 0.5 * (self.upper - self.lower)
 
     @property
     def radius(self) -> Array:

@@ -172,7 +172,18 @@ def _power(op: graph.Op, x: Interval) -> Lines:
     is_negative = x.upper < 0
     mirrored = Interval(jnp.where(is_negative, -x.upper, x.lower), jnp.where(is_negative, -x.lower, x.upper))
     above = convex(op, mirrored)
+    slope, bias = (jnp.where(arithmetic.is_clipped(x), 0.0, v) for v in (above.lower_slopes[0], above.lower_bias))
+    above = above._replace(lower_slopes=(slope,), lower_bias=bias)
     return jax.tree.map(lambda turned, kept: jnp.where(is_negative, turned, kept), _turned(above), above)
+
+
+def _clipped_exp(op: graph.Op, x: Interval) -> Lines:
+    """Encloses `exp(min(x, limit))`: convex up to the limit, between constants on an interval that goes beyond."""
+    below = Interval(*(jnp.minimum(end, graph.EXP_LIMIT) for end in x))
+    (least,), (greatest,) = op.fn(x.lower), op.fn(x.upper)
+    constants = _line(jnp.zeros_like(least), least, jnp.zeros_like(least), greatest)
+    curved = convex(dataclasses.replace(op, name="exp"), below)
+    return jax.tree.map(lambda constant, kept: jnp.where(x.upper > graph.EXP_LIMIT, constant, kept), constants, curved)
 
 
 def _product(op: graph.Op, x: Interval, y: Interval) -> Lines:
@@ -241,9 +252,9 @@ def _implicit(root: Array, residual: Callable[[Array], Array]) -> Array:
 
 RULES: dict[str, Callable[..., Lines]] = {
     **dict.fromkeys(("cosh", "exp", "exp2", "expm1", "rsqrt", "square"), convex),
-    **dict.fromkeys(("log", "log1p", "sqrt"), concave),
+    **dict.fromkeys(("acosh", "log", "log1p", "sqrt"), concave),
     **dict.fromkeys(("asinh", "atan", "erf", "logistic", "tanh"), s_shaped),
-    "integer_pow": _power, "mul": _product, graph.POOL: _pool,
+    graph.CLIPPED_EXP: _clipped_exp, "integer_pow": _power, "mul": _product, graph.POOL: _pool,
     composites.COMPOSITE: lambda op, x: _line(*univariate.lines(op, x)),
 }
 # Ranges of what is no primitive.
@@ -300,8 +311,12 @@ def check(ops: tuple[graph.Op, ...]) -> None:
         if op.is_affine or has_rule(op):
             continue
         reason = "of several perturbed values" if len(op.nodes) > 1 else "of a perturbed value"
-        rewritten = {"abs", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "scan", "stop_gradient"}
-        supported = sorted({*graph.AFFINE, *arithmetic.RULES, *rewritten} - {graph.PIECEWISE_LINEAR, graph.POOL})
+        rewritten = {
+            "abs", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "scan",
+            "stop_gradient",
+        }
+        made_up = {graph.CLIPPED_EXP, graph.PIECEWISE_LINEAR, graph.POOL}
+        supported = sorted({*graph.AFFINE, *arithmetic.RULES, *rewritten} - made_up)
         raise graph.UnsupportedPrimitiveError(
             f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Add one with bounds.register, or "
             f"rewrite the function with supported primitives: {', '.join(supported)}."

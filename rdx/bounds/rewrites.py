@@ -61,12 +61,26 @@ class Whole(NamedTuple):
         return self.kind == "logsumexp"
 
     def function(self, shift: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
-        """Builds the function, with an output of the given shape."""
-        if self.kind == "logsumexp":
+        """Builds the function, with an output of the given shape; of a softmax, from `clipped_exp` of `differences`.
+
+        A second argument of the function, with the shape of `x`, weighs its elements with 0 or 1.
+        """
+
+        def softmax(ratios: Array, *weights: Array) -> Array:
+            rows = [_last(weight, self.axes) for weight in weights]
+            total = math.prod((row[..., None, :] for row in rows), start=ratios).sum(-1)
+            return _restore(math.prod(rows, start=lax.integer_pow(total, -1)), self.axes, shape)
+
+        def log_softmax(x: Array) -> Array:
+            return _restore(-jnp.log(jnp.exp(differences(x, self.axes)).sum(-1)), self.axes, shape)
+
+        def logsumexp(x: Array, *weights: Array) -> Array:
             assert shift is not None
             top = shift.max(axis=self.axes, keepdims=True)
-            return lambda x: (jnp.log(jnp.exp(x - top).sum(axis=self.axes, keepdims=True)) + top).reshape(shape)
-        return lambda x: _softmax(x, self.axes, is_log=self.kind == "log_softmax")
+            total = math.prod(weights, start=jnp.exp(x - top)).sum(axis=self.axes, keepdims=True)
+            return (jnp.log(total) + top).reshape(shape)
+
+        return {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}[self.kind]
 
 
 def part(
@@ -140,38 +154,44 @@ def whole(name: str, known: Sequence[Part | None], shape: tuple[int, ...]) -> Wh
     return None if made is None else Whole(made, first.node, first.axes)
 
 
-def _softmax(x: Array, axes: tuple[int, ...], *, is_log: bool) -> Array:
-    """Computes `1 / sum_j exp(x_j - x_i)` or its log: each difference once, so that interval arithmetic is exact."""
-    rows, restore = _last(x, axes)
+def differences(x: Array, axes: tuple[int, ...]) -> Array:
+    """Computes the `x_j - x_i` of `softmax_i = 1 / sum_j exp(x_j - x_i)`: each once, so that intervals are exact."""
+    rows = _last(x, axes)
     apart = 1.0 - np.eye(rows.shape[-1], dtype=x.dtype)
-    apart = apart.reshape((1,) * (rows.ndim - 1) + apart.shape)
-    total = jnp.exp((rows[..., None, :] - rows[..., :, None]) * apart).sum(-1)
-    return restore(-jnp.log(total) if is_log else lax.integer_pow(total, -1))
+    return (rows[..., None, :] - rows[..., :, None]) * apart.reshape((1,) * (rows.ndim - 1) + apart.shape)
 
 
-def _last(x: Array, axes: tuple[int, ...]) -> tuple[Array, Callable[[Array], Array]]:
-    """Flattens some axes into a last one; the second result undoes it."""
-    kept = [axis for axis in range(x.ndim) if axis not in axes]
-    order = [*kept, *axes]
-    moved = x.transpose(order)
+def without_infinity(x: Array, masked: Array, *, axes: tuple[int, ...]) -> Array:
+    """Replaces what is infinite in `masked` by the largest numbers, unless a maximum along `axes` is infinite."""
+    is_infinite = jnp.isinf(masked)
+    is_hidden = is_infinite & ~is_infinite.all(axis=axes, keepdims=True)
+    return jnp.where(is_hidden, jnp.nan_to_num(masked), x)
 
-    def restore(rows: Array) -> Array:
-        return rows.reshape(moved.shape).transpose(np.argsort(order))
 
-    return moved.reshape(*(x.shape[axis] for axis in kept), -1), restore
+def _last(x: Array, axes: tuple[int, ...]) -> Array:
+    """Flattens some axes into a last one."""
+    kept = _without(x.ndim, axes)
+    return x.transpose(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), -1)
+
+
+def _restore(rows: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Undoes `_last` of an array of the given shape."""
+    order = [*_without(len(shape), axes), *axes]
+    return rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def split_axes(x: Array, *, axes: tuple[int, ...], sign: float) -> list[Array]:
     """Lists the values along some axes, as they are or with the other sign."""
-    rows, _ = _last(x if sign > 0 else -x, axes)
+    rows = _last(x if sign > 0 else -x, axes)
     return [rows[..., i] for i in range(rows.shape[-1])]
 
 
 def windows(
     x: Array, *, window_dimensions: Sequence[int], window_strides: Sequence[int], padding: Sequence[tuple[int, int]],
-    base_dilation: Sequence[int], window_dilation: Sequence[int],
+    base_dilation: Sequence[int], window_dilation: Sequence[int], sign: float,
 ) -> list[Array]:
-    """Lists what lies at each place of a sliding window, for all windows at once."""
+    """Lists what lies at each place of a sliding window, for all windows at once, as it is or with the other sign."""
+    x = x if sign > 0 else -x
     config = [(low, high, dilation - 1) for (low, high), dilation in zip(padding, base_dilation, strict=True)]
     x = lax.pad(x, jnp.asarray(_LOWEST, x.dtype), config)
     reach = [(size - 1) * step for size, step in zip(window_dimensions, window_dilation, strict=True)]

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-from rdx.bounds import rewrites
+from rdx.bounds import graph, rewrites
 from rdx.bounds.graph import PIECEWISE_LINEAR, POOL, Graph, Node, Op, Value, piecewise_linear, reachable
 from rdx.types import Array, PyTree
 
@@ -28,6 +28,8 @@ _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _BROADCASTING = ("add", "div", "max", "min", "mul", "pow", "sub")
 _ABOVE = ("ge", "gt")
 _BELOW = ("le", "lt")
+# What masks a value with a constant.
+_MASKS = ("add", "select_n", "sub")
 
 
 def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
@@ -170,13 +172,41 @@ class _Tracer:
         call = _Call(eqn.primitive.name, inputs, eqn.params, eqn.outvars[0].aval.shape, source)
         whole = rewrites.whole(call.name, self.known_parts(inputs), call.shape)
         if whole is not None:
-            shift = self.sample(whole.node) if whole.needs_shift else None
-            return self.apply(whole.function(shift, call.shape), [whole.node], source)
+            return self.softmax(whole, call)
         rule = _REWRITES.get(call.name)
         return None if rule is None else rule(self, call)
 
     def known_parts(self, inputs: Sequence[Value]) -> list[rewrites.Part | None]:
         return [self.parts.get(value) if isinstance(value, Node) else None for value in inputs]
+
+    def softmax(self, whole: rewrites.Whole, call: "_Call") -> Value:
+        x, weights = whole.node, []
+        masked = None if whole.kind == "log_softmax" else self.infinities(x)
+        if masked is not None:
+            # An exponential that is 0 is left out, which is exact where linear functions cannot pass infinity.
+            weights = self.execute(lambda m: (jnp.isfinite(m).astype(m.dtype),), [masked])
+            x = self.apply(lambda x, weight: jnp.where(weight > 0.0, x, 0.0), [x, *weights], call.source)
+        assert isinstance(x, Node)
+        shift = self.sample(x) if whole.needs_shift else None
+        if whole.kind == "softmax":
+            apart = self.apply(functools.partial(rewrites.differences, axes=whole.axes), [x], call.source)
+            x = self.emit(graph.CLIPPED_EXP, graph.clipped_exp, (apart,), call.source)
+        return self.apply(whole.function(shift, call.shape), [x, *weights], call.source)
+
+    def infinities(self, x: Node) -> Array | None:
+        """Finds where constants set a value to infinity: those are the infinite elements of what is returned."""
+        op = next((op for op in self.ops if x in op.outputs), None)
+        if op is None or op.name not in _MASKS or not op.is_affine:
+            return None
+        constants = [value for value in op.inputs if not isinstance(value, Node)]
+        if not any(np.isinf(np.asarray(value)).any() for value in constants if not isinstance(value, Tracer)):
+            return None
+
+        def at_zero(*constants: Array) -> tuple[Array, ...]:
+            given = iter(constants)
+            return op.fn(*(jnp.zeros(v.shape, v.dtype) if isinstance(v, Node) else next(given) for v in op.inputs))
+
+        return self.execute(at_zero, constants)[0]
 
     def larger(self, call: "_Call") -> Value:
         """Writes `max(x, c) = c + relu(x - c)` and `min(x, c) = c + (x - c where that is negative)`."""
@@ -192,9 +222,20 @@ class _Tracer:
         return self.emit("add", lax.add, (bent, _like(second, first)), call.source)
 
     def reduce_max(self, call: "_Call") -> Value:
-        sign = 1.0 if call.name == "reduce_max" else -1.0
-        split = functools.partial(rewrites.split_axes, axes=call.params["axes"], sign=sign)
-        largest = self.pool(self.inline(split, call.inputs, call.source), call.source)
+        (x,) = call.inputs
+        assert isinstance(x, Node)
+        masked, axes = self.infinities(x), tuple(call.params["axes"])
+        if masked is not None:
+            x = self.apply(functools.partial(rewrites.without_infinity, axes=axes), [x, masked], call.source)
+        return self.largest(functools.partial(rewrites.split_axes, axes=axes), x, call)
+
+    def reduce_window_max(self, call: "_Call") -> Value:
+        return self.largest(functools.partial(rewrites.windows, **call.params), call.inputs[0], call)
+
+    def largest(self, split: Callable[..., list[Array]], x: Value, call: "_Call") -> Value:
+        """Takes the largest of what `split` lists, or the smallest as minus the largest of the negatives."""
+        sign = 1.0 if call.name.endswith("max") else -1.0
+        largest = self.pool(self.inline(functools.partial(split, sign=sign), [x], call.source), call.source)
         return self.apply(lambda value: sign * value, [largest], call.source)
 
     def pool(self, values: list[Value], source: str) -> Value:
@@ -213,6 +254,16 @@ class _Tracer:
         if exponent >= -1:
             return None
         return self.apply(lambda x: lax.integer_pow(lax.integer_pow(x, -exponent), -1), call.inputs, call.source)
+
+    def power_of_constant(self, call: "_Call") -> Value | None:
+        """Writes `x ** 2.0` and `x ** 0.5` as what they are, defined where `pow` has no derivative."""
+        base, exponent = call.inputs
+        if isinstance(exponent, Node | Tracer) or not np.size(exponent):
+            return None
+        y = float(np.ravel(exponent)[0])
+        if not (_is_all(exponent, y) and (y == 0.5 or y.is_integer())):
+            return None
+        return self.apply(jnp.sqrt if y == 0.5 else lambda x: lax.integer_pow(x, int(y)), [base], call.source)
 
     def product(self, call: "_Call") -> Value | None:
         first, second = call.inputs
@@ -326,11 +377,11 @@ _REWRITES: dict[str, Callable[[_Tracer, _Call], Any]] = {
     # The derivative of tanh, from jax 0.11 on.
     "one_minus_square": lambda tracer, call: tracer.apply(lambda x: 1.0 - jnp.square(x), call.inputs, call.source),
     "ne": lambda _, call: np.zeros(call.shape, bool) if call.inputs[0] is call.inputs[1] else None,
+    "pow": _Tracer.power_of_constant,
     "reduce_max": _Tracer.reduce_max,
     "reduce_min": _Tracer.reduce_max,
-    "reduce_window_max": lambda tracer, call: tracer.pool(
-        tracer.inline(functools.partial(rewrites.windows, **call.params), call.inputs, call.source), call.source
-    ),
+    "reduce_window_max": _Tracer.reduce_window_max,
+    "reduce_window_min": _Tracer.reduce_window_max,
     "select_n": _Tracer.choice,
     # The identity in value. As an operation its vjp would be zero, and zero coefficients are unsound.
     "stop_gradient": lambda _, call: call.inputs[0],

@@ -26,6 +26,8 @@ def fill(shapes, seed=0):
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
         values = random.normal(size=leaf.shape) * np.sqrt(2.0 / max(2.0, np.prod(leaf.shape[:-1])))
         return jnp.asarray(0.5 + np.abs(values) if "var" in jax.tree_util.keystr(path) else values, leaf.dtype)
 

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bounds_helpers import EPS, METHODS, exact_minimum, inputs, search
-from coverage_cases import CASES
+from coverage_cases import CASES as CASES_OF_OPERATIONS
+from coverage_layers import CASES as CASES_OF_LAYERS
 
 from rdx.balls import Ball
 
+CASES = CASES_OF_OPERATIONS | CASES_OF_LAYERS
 SHARES = jnp.array([0.0, 0.3, 1.0])
 
 
@@ -37,14 +39,23 @@ def check(found, clean):
 
 # The norm only matters up to the first nonlinear operation, so a few of them see every norm.
 NONLINEAR = [name for name, case in CASES.items() if not case.is_affine]
-CURVED = ("relu", "maximum", "tanh", "conv_net")
+CURVED = ("jax.nn.relu", "maximum", "tanh", "conv_net")
 # Whose rules the others see as well.
 SLOW = frozenset({
-    "amin", "arcsinh", "arctan", "bilinear_form", "celu", "cos", "cosh", "elu", "erfc", "expm1_exp2",
-    "fourth_power", "gelu_exact", "hard_silu", "hard_tanh_of_jax", "inverse_square", "log1p", "log_sigmoid",
-    "log_softmax", "max_pool_1d", "mish", "power", "product_with_sine", "reciprocal_below_zero",
-    "recurrence_outputs", "rms_norm", "rsqrt", "selu", "sinh", "soft_sign", "sparse_plus",
-    "sparse_sigmoid", "squareplus", "standardize", "tan", "variance", "where_jump", "where_knot",
+    "amin", "arcsinh", "arctan", "bilinear_form", "cos", "cosh", "erfc", "expm1_exp2", "fourth_power", "gelu_exact",
+    "inverse_square", "log1p", "max_pool_1d", "power", "product_with_sine", "reciprocal_below_zero",
+    "recurrence_outputs", "rsqrt", "sinh", "tan", "variance", "where_jump", "where_knot", "arccosh",
+    "causal_attention", "masked_attention -1000000000.0", "power_half",
+    *(f"jax.nn.{name}" for name in (
+        "celu", "elu", "hard_sigmoid", "hard_silu", "hard_tanh", "identity", "leaky_relu", "log1mexp", "log_sigmoid",
+        "log_softmax", "logmeanexp", "mish", "relu6", "selu", "sigmoid", "soft_sign", "sparse_plus", "sparse_sigmoid",
+        "squareplus", "standardize", "tanh",
+    )),
+    *(f"{library}.{name}" for library in ("linen", "nnx") for name in (
+        "Bidirectional", "GRUCell", "GroupNorm", "InstanceNorm", "LSTMCell", "MultiHeadAttention",
+        "OptimizedLSTMCell", "RMSNorm", "RNN", "Sequential", "SimpleCell",
+    )),
+    "linen.ConvLSTMCell", "linen.MGUCell", "linen.MultiHeadDotProductAttention", "nnx.LayerNorm", "nnx.PReLU",
 })
 
 
