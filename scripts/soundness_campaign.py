@@ -5,7 +5,8 @@
 A run appends one line for each function to `<out>/functions.jsonl` and goes on from there when it is started again; the
 report counts what that file holds. Every function follows from its seed: to see one again, `--first-seed <seed>
 --functions 1 --out <another folder>`. The functions are those of tests/bounds/random_functions.py, drawn from the table
-of covered functions as it is in this commit; a small part of them runs in the tests. Exits with 1 on a violation.
+of covered functions as it is in this commit; a small part of them runs in the tests. Exits with 1 on a violation or a
+crash.
 """
 
 import argparse
@@ -65,13 +66,15 @@ def parse_arguments():
 
 
 def study(seed, num_points):
-    """Makes the entry of one function; one that a method has no rule for is refused, which is no violation."""
+    """Makes the entry of one function: studied, refused for want of a rule (no violation), or crashed."""
     start = time.monotonic()
     try:
         problem, count, verdicts = rf.study(seed, num_points)
         entry = {"function": problem.description, "norm": problem.structure.norm, "points": count, "methods": verdicts}
-    except UnsupportedPrimitiveError as error:
-        entry = {"function": rf.structure(seed // rf.VARIANTS).description, "points": 0, "refused": str(error)[:200]}
+    except Exception as error:  # noqa: BLE001 - a crash is a finding, and the other functions are to be studied
+        kind = "refused" if isinstance(error, UnsupportedPrimitiveError) else "crashed"
+        told = f"{type(error).__name__}: {error}"[:300]
+        entry = {"function": rf.structure(seed // rf.VARIANTS).description, kind: told}
     return {"seed": seed, **entry, "seconds": round(time.monotonic() - start, 2)}
 
 
@@ -98,7 +101,7 @@ def read(path):
 
 def violations(entry):
     """Names what contradicts the bounds of a function, by method."""
-    found = []
+    found = [f"CRASH: {entry['crashed']}"] if "crashed" in entry else []
     for method, verdict in entry.get("methods", {}).items():
         if verdict["excess"] > rf.ROUNDING:
             found.append(f"VIOLATION of {method} by {verdict['excess']:.1e}")

@@ -131,7 +131,7 @@ def reference_points(
     for op in graph.ops:
         if op.outputs[0] in references or not all(node in references for node in op.nodes):
             continue
-        if op.is_affine and not all(references[node] is centers[node] for node in op.nodes):
+        if op.is_affine and not all(references[node] is centers.get(node) for node in op.nodes):
             references.update(zip(op.outputs, op.apply(*(references[node] for node in op.nodes)), strict=True))
         elif op.outputs[0] in centers:
             references.update({node: centers[node] for node in op.outputs})

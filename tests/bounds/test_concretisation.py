@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from bounds_helpers import EPS, exact_minimum
+from bounds_helpers import EPS, METHODS, exact_minimum, weights
 
 from rdx import bounds
 from rdx.balls import Ball
@@ -127,3 +127,19 @@ def test_gradients_are_finite(norm, kind):
 
     for gradient in jax.jit(jax.grad(total, argnums=(0, 1, 2)))(x, radii(kind, norm, x), rows):
         assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_ball_enters_affine_layers_beside_the_one_to_bound(method, norm):
+    # While the relu is entered, the other branch is ahead: its layers have references but no centers yet.
+    x, _ = problem(num=2, dim=4)
+    fn = lambda x: jax.nn.relu(x @ weights(4, 3) + 5.0) + (x @ weights(4, 2, seed=1)) @ weights(2, 3, seed=2)
+    region = Ball(norm, EPS[norm]).region(x)
+    found = METHODS[method](fn, region)
+    # The relu is always on, so the function is affine; IBP bounds its branches one by one.
+    row = np.asarray(weights(4, 3) + weights(4, 2, seed=1) @ weights(2, 3, seed=2), np.float64)[:, 0]
+    for i in range(len(x)):
+        least = exact_minimum(row, region, i) + 5.0
+        assert found.lower[i, 0] <= least + 1e-5
+        assert method == "ibp" or found.lower[i, 0] >= least - 1e-5
