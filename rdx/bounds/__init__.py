@@ -3,6 +3,7 @@
 from rdx.bounds import relaxations
 from rdx.bounds.alpha import alpha_crown
 from rdx.bounds.certify import Certificate, certify
+from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
 from rdx.bounds.graph import UnsupportedPrimitiveError
 from rdx.bounds.ibp import ibp
@@ -11,6 +12,6 @@ from rdx.bounds.relaxations import Lines, register
 from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_case
 
 __all__ = [
-    "Certificate", "Interval", "Lines", "Threat", "UnsupportedPrimitiveError", "WorstCase", "alpha_crown", "certify",
-    "crown", "crown_ibp", "ibp", "phased_objective", "register", "relaxations", "worst_case",
+    "Certificate", "Interval", "Lines", "Plan", "Threat", "UnsupportedPrimitiveError", "WorstCase", "alpha_crown",
+    "certify", "crown", "crown_ibp", "ibp", "phased_objective", "plan", "register", "relaxations", "worst_case",
 ]
