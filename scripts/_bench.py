@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Net:
-    """A chain of layers with relu between them, on 28 x 28 x 1 images."""
+    """A chain of layers with relu between them."""
 
     name: str
     layers: tuple
@@ -122,12 +123,17 @@ class Net:
 NETS = {
     "conv": Net("conv", (Conv(16, 4, 2, 1), Conv(32, 4, 1, 1), Dense(100), Dense(10))),
     "mlp": Net("mlp", (Dense(1024), Dense(1024), Dense(10))),
+    "dm-large": Net(
+        "dm-large",
+        (Conv(64, 3, 1, 1), Conv(64, 3, 1, 1), Conv(128, 3, 2, 1), *(Conv(128, 3, 1, 1),) * 2, Dense(512), Dense(10)),
+        (32, 32, 3),
+    ),
 }
 
 
-def images(batch):
-    """Gives `x [B, 28, 28, 1]` and labels: MNIST's first test images where RDX_DATA_DIR is set, else random ones."""
-    if folder := os.environ.get("RDX_DATA_DIR"):
+def images(batch, shape=(28, 28, 1)):
+    """Gives `x [B, *shape]` and labels: MNIST's first test images where RDX_DATA_DIR is set and fits, else random."""
+    if shape == (28, 28, 1) and (folder := os.environ.get("RDX_DATA_DIR")):
         files = (("images-idx3", 16), ("labels-idx1", 8))
         paths = ((Path(folder) / "mnist" / f"t10k-{kind}-ubyte.gz", offset) for kind, offset in files)
         x, labels = (
@@ -135,7 +141,7 @@ def images(batch):
         )
         return (x.reshape(-1, 28, 28, 1)[:batch] / np.float32(255)), labels[:batch].astype(np.int32)
     rng = np.random.default_rng(1)
-    return rng.uniform(size=(batch, 28, 28, 1)).astype(np.float32), rng.integers(0, 10, batch).astype(np.int32)
+    return rng.uniform(size=(batch, *shape)).astype(np.float32), rng.integers(0, 10, batch).astype(np.int32)
 
 
 def channels_first(x):
@@ -196,6 +202,11 @@ class Peer:
         self._send({"case": case, "time": True})
         return self._receive()["seconds"]
 
+    def peak_mb(self):
+        """Gives the most memory that the process has ever had."""
+        self._send({"memory": True})
+        return self._receive()["peak_mb"]
+
     def _send(self, request):
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -228,6 +239,9 @@ def serve(threads, packages, build):
     answer(torch=torch.__version__, **{name: module.__version__ for name, module in modules.items()})
     for line in sys.stdin:
         request = json.loads(line)
+        if "memory" in request:
+            answer(peak_mb=peak_mb())
+            continue
         if "time" in request:
             start = time.perf_counter()
             cases[request["case"]]()
@@ -249,18 +263,23 @@ def seconds(run):
     return time.perf_counter() - start
 
 
-def alternate(runs, rounds):
+def peak_mb():
+    """Gives the most memory that this process has ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alternate(runs, rounds, calls=CALLS_PER_TURN):
     """Calls each run in turns, `rounds` of them after warm-up; gives the median of the seconds that it returned.
 
     A turn is several calls one after the other, as in a training loop or an evaluation: in the first few a side's
     threads wake up and its caches fill, which for small cases would be most of what is measured.
     """
-    taken = {name: [] for name in runs}
-    for _ in range(WARM_UP_ROUNDS + rounds):
+    taken, warm_up = {name: [] for name in runs}, WARM_UP_ROUNDS if calls > 1 else 0
+    for _ in range(warm_up + rounds):
         for name, run in runs.items():
             time.sleep(PAUSE_S)
-            taken[name].append([run() for _ in range(CALLS_PER_TURN)])
-    return {name: float(np.median(turns[WARM_UP_ROUNDS:])) for name, turns in taken.items()}
+            taken[name].append([run() for _ in range(calls)])
+    return {name: float(np.median(turns[warm_up:])) for name, turns in taken.items()}
 
 
 def agreement(ours, theirs, tolerance):
@@ -284,7 +303,7 @@ def settings(arguments, peer, **extra):
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "batch": arguments.batch,
         "figures": f"median of all calls in {arguments.rounds} rounds, in which ours and theirs take turns of "
-        f"{CALLS_PER_TURN} calls each, after {WARM_UP_ROUNDS} rounds to warm up",
+        f"{CALLS_PER_TURN} calls each, after {WARM_UP_ROUNDS} rounds to warm up; slow cases as their table says",
         "images": "MNIST test" if os.environ.get("RDX_DATA_DIR") else "uniform random",
         **extra,
     }
