@@ -163,7 +163,7 @@ def measure(case, arguments):
     with _bench.Peer(arguments.peer_python, sys.argv[0], arguments.threads) as peer:
         reference = peer.prepare(arrays, case=str(case), net=net.name, method=case.method, relu=arguments.relu)
         fits = check(case, net, computed, reference)
-        memory = own_peak_mb(case, arguments) / peer.peak_mb()
+        memory = own_peak_mb(case) / peer.peak_mb()
         taken = _bench.alternate(
             {"ours": lambda: _bench.seconds(run), "theirs": lambda: peer.seconds(str(case))},
             case.rounds or arguments.rounds, **({} if case.rounds is None else {"calls": 1}),
@@ -180,7 +180,7 @@ def measure(case, arguments):
     }
 
 
-def own_peak_mb(case, arguments):
+def own_peak_mb(case):
     """Runs a case of ours once in a process of its own."""
     command = [sys.executable, *sys.argv, "--peak", str(CASES.index(case)), "--peer-python", "unused"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

@@ -129,7 +129,7 @@ def test_forbidden_names():
 
 def test_files_of_techniques_cite_their_source():
     supports = {
-        "base", "certify", "chunks", "composites", "cost", "graph", "interval", "linear", "propagation",
+        "base", "certify", "chunks", "composites", "cost", "details", "graph", "interval", "linear", "propagation",
         "relaxations", "rewrites", "tracing", "__init__",
     }
     for room in ("attacks", "bounds", "robustify"):

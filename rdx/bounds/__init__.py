@@ -5,6 +5,7 @@ from rdx.bounds.alpha import alpha_crown
 from rdx.bounds.certify import Certificate, certify
 from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
+from rdx.bounds.details import Details, Layer, Planes, details, explain
 from rdx.bounds.graph import UnsupportedPrimitiveError
 from rdx.bounds.ibp import ibp
 from rdx.bounds.interval import Interval
@@ -12,6 +13,7 @@ from rdx.bounds.relaxations import Lines, register
 from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_case
 
 __all__ = [
-    "Certificate", "Interval", "Lines", "Plan", "Threat", "UnsupportedPrimitiveError", "WorstCase", "alpha_crown",
-    "certify", "crown", "crown_ibp", "ibp", "phased_objective", "plan", "register", "relaxations", "worst_case",
+    "Certificate", "Details", "Interval", "Layer", "Lines", "Plan", "Planes", "Threat", "UnsupportedPrimitiveError",
+    "WorstCase", "alpha_crown", "certify", "crown", "crown_ibp", "details", "explain", "ibp", "phased_objective",
+    "plan", "register", "relaxations", "worst_case",
 ]

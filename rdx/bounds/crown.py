@@ -8,7 +8,7 @@ from rdx.bounds import propagation, relaxations
 from rdx.bounds.chunks import Chunks, Optimise, two_sided
 from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
-from rdx.bounds.relaxations import Lines, SlopeFn
+from rdx.bounds.relaxations import SlopeFn
 from rdx.types import Array, PyTree
 
 # What the coefficients of hidden layers may take by default. More would not be faster on CPUs, whose caches it leaves.
@@ -138,7 +138,7 @@ class _Relaxed:
 
     def __init__(self, enter: Callable[[Op, propagation.Known], list[Interval]], relu_lower: SlopeFn) -> None:
         self.entered: dict[Op, list[Interval]] = {}
-        self.lines: dict[Op, Lines] = {}
+        self.lines = propagation.record().lines
         self._enter, self._relu_lower = enter, relu_lower
 
     def enter(self, op: Op, known: propagation.Known) -> list[Interval]:

@@ -6,7 +6,7 @@ ranges of both and `rdx.bounds.relaxations` the lines that enclose the nonlinear
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -55,6 +55,22 @@ class Node:
 Value = Node | Array
 
 
+class Source(NamedTuple):
+    """Where an operation comes from; as a string it is the user's line.
+
+    Attributes:
+        line: file, line and function.
+        scope: names of the modules around it, such as "Net/Dense_0"; empty where nobody named any.
+    """
+
+    line: str
+    scope: str = ""
+
+    def __str__(self) -> str:
+        """Gives the line."""
+        return self.line
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
     """One operation of the graph.
@@ -65,7 +81,7 @@ class Op:
         inputs: perturbed nodes and constants, in the order that `fn` takes them.
         outputs: the nodes that the operation defines.
         params: the primitive's parameters, for rules that need them.
-        source: the user's line that made the operation.
+        source: where the user made the operation.
         are_own: for each input, whether it is a constant that differs from example to example.
     """
 
@@ -74,7 +90,7 @@ class Op:
     inputs: tuple[Value, ...]
     outputs: tuple[Node, ...]
     params: dict[str, Any]
-    source: str
+    source: Source
     are_own: tuple[bool, ...] = ()
 
     @property
@@ -127,12 +143,16 @@ class Graph:
         """Maps each node to the operation that defines it; inputs are absent."""
         return {node: op for op in self.ops for node in op.outputs}
 
-    def evaluate(self, *inputs: Array) -> Array:
-        """Computes the function on values of its inputs."""
+    def values(self, *inputs: Array) -> dict[Node, Array]:
+        """Computes the value of every node on values of the inputs."""
         values = dict(zip(self.inputs, inputs, strict=True))
         for op in self.ops:
             values.update(zip(op.outputs, op.apply(*(values[node] for node in op.nodes)), strict=True))
-        return values[self.output] if isinstance(self.output, Node) else self.output
+        return values
+
+    def evaluate(self, *inputs: Array) -> Array:
+        """Computes the function on values of its inputs."""
+        return self.values(*inputs)[self.output] if isinstance(self.output, Node) else self.output
 
 
 def reachable(ops: Sequence[Op], output: Value) -> Iterator[Op]:

@@ -1,5 +1,7 @@
 """The walk that every method shares: trace one example, carry intervals forward, fuse affine ends."""
 
+import contextvars
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ from rdx.bounds import arithmetic, composites, relaxations, tracing
 from rdx.bounds.chunks import two_sided
 from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
+from rdx.bounds.relaxations import Lines
 from rdx.types import Array, PyTree
 
 
@@ -25,23 +28,85 @@ class Known(NamedTuple):
     centers: dict[Node, Array]
 
 
+@dataclasses.dataclass
+class Record:
+    """What a method notes on its way about the one example that is traced.
+
+    Attributes:
+        entered: bounds with which nonlinear operations are entered.
+        lines: their relaxations.
+        known: what `propagate` returned.
+        regions: of the graph's inputs.
+    """
+
+    entered: dict[Op, list[Interval]] = dataclasses.field(default_factory=dict)
+    lines: dict[Op, Lines] = dataclasses.field(default_factory=dict)
+    known: Known | None = None
+    regions: Sequence[Region] = ()
+
+
+class _Listener:
+    """Whoever asked for records: what to make of one, with further batched arguments, and what came of it."""
+
+    def __init__(self, harvest: Callable[..., PyTree], extra: Sequence[Array]) -> None:
+        self.harvest, self.extra = harvest, tuple(extra)
+        self.record, self.found = Record(), None
+
+
+_LISTENER: contextvars.ContextVar[_Listener | None] = contextvars.ContextVar("listener", default=None)
+
+
+def recorded(harvest: Callable[..., PyTree], run: Callable[[], Interval], *extra: Array) -> tuple[Interval, PyTree]:
+    """Runs a method and, for each example, `harvest(graph, record, *extra)` after it.
+
+    Args:
+        harvest: makes arrays of what the method noted.
+        run: runs the method.
+        *extra: arrays with a leading batch axis, handed to `harvest` example by example.
+
+    Returns:
+        What the method returns, and what `harvest` returns with a leading batch axis.
+    """
+    listener = _Listener(harvest, extra)
+    token = _LISTENER.set(listener)
+    try:
+        output = run()
+    finally:
+        _LISTENER.reset(token)
+    return output, listener.found
+
+
+def record() -> Record:
+    """Gives the record that a method's notes go to; one that nobody reads if nobody asked."""
+    listener = _LISTENER.get()
+    return Record() if listener is None else listener.record
+
+
 def per_example(method: Callable[..., Interval], fn: Callable[..., Array], region: PyTree, *args: PyTree) -> Interval:
     """Runs `method(graph, regions)` on every example: one example is traced, and the batch is a `vmap` over it."""
 
     def is_region(leaf: PyTree) -> bool:
         return isinstance(leaf, Region)
 
-    def one(region: PyTree, args: PyTree) -> Interval:
+    listener = _LISTENER.get()
+
+    def one(region: PyTree, args: PyTree, extra: Sequence[Array]) -> tuple[Interval, PyTree]:
         region, args = jax.tree.map(lambda leaf: leaf[None], (region, args))
         graph = tracing.trace(fn, jax.tree.map(lambda leaf: leaf.center, region, is_leaf=is_region), *args)
         graph = composites.fuse(graph, relaxations.has_rule)
         relaxations.check(graph.ops)
-        if not isinstance(graph.output, Node):
-            return Interval(graph.output[0], graph.output[0])
-        bounds = method(graph, jax.tree.leaves(region, is_leaf=is_region))
-        return Interval(bounds.lower[0], bounds.upper[0])
+        regions = jax.tree.leaves(region, is_leaf=is_region)
+        if listener is not None:
+            listener.record = Record(regions=regions)
+        constant = Interval(graph.output, graph.output) if not isinstance(graph.output, Node) else None
+        bounds = constant or method(graph, regions)
+        noted = None if listener is None else listener.harvest(graph, listener.record, *extra)
+        return Interval(bounds.lower[0], bounds.upper[0]), noted
 
-    return jax.vmap(one)(region, args)
+    bounds, noted = jax.vmap(one)(region, args, () if listener is None else listener.extra)
+    if listener is not None:
+        listener.found = noted
+    return bounds
 
 
 def batch_size(region: PyTree) -> int:
@@ -62,14 +127,16 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
         Intervals of all nodes and their centers.
     """
     intervals = {node: Interval(r.lower, r.upper) for node, r in zip(graph.inputs, regions, strict=True)}
-    known = Known(intervals, {node: interval.center for node, interval in intervals.items()})
+    notes = record()
+    notes.known = known = Known(intervals, {node: interval.center for node, interval in intervals.items()})
     for op in graph.ops:
         if op.is_affine:
             centers = op.apply(*(known.centers[node] for node in op.nodes))
             inputs = [known.intervals[v] if isinstance(v, Node) else Interval(v, v) for v in op.inputs]
             outputs = arithmetic.evaluate(op, inputs, centers=centers)
         else:
-            outputs = (relaxations.propagate(op, enter(op, known)),)
+            notes.entered[op] = enter(op, known)
+            outputs = (relaxations.propagate(op, notes.entered[op]),)
             centers = (outputs[0].center,)
         known.intervals.update(zip(op.outputs, outputs, strict=True))
         known.centers.update(zip(op.outputs, centers, strict=True))

@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from rdx.bounds import graph, rewrites
-from rdx.bounds.graph import PIECEWISE_LINEAR, POOL, Graph, Node, Op, Value, piecewise_linear, reachable
+from rdx.bounds.graph import PIECEWISE_LINEAR, POOL, Graph, Node, Op, Source, Value, piecewise_linear, reachable
 from rdx.types import Array, PyTree
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
@@ -52,7 +52,7 @@ def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
     nodes = tuple(Node(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x))
     constants = jax.tree.leaves(args)
     tracer = _Tracer(dict(zip(nodes, jax.tree.leaves(x), strict=True)), constants)
-    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *constants), "an unknown line")
+    (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *constants), Source("an unknown line"))
     return Graph(nodes, tuple(reachable(tracer.ops, output)), output)
 
 
@@ -67,7 +67,7 @@ class _Tracer:
         self.comparisons: dict[Node, tuple[str, Value, Value]] = {}
         self.parts: dict[Node, rewrites.Part] = {}
 
-    def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value], caller: str) -> list[Value]:
+    def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value], caller: Source) -> list[Value]:
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
         def read(atom: Any) -> Value:
@@ -75,12 +75,13 @@ class _Tracer:
 
         for eqn in jaxpr.eqns:
             # Inside a jitted library function an equation knows no line of the user's: that of the call stands in.
-            source = source_info_util.summarize(eqn.source_info) or caller
+            scope = "/".join(part for part in (caller.scope, str(eqn.source_info.name_stack)) if part)
+            source = Source(source_info_util.summarize(eqn.source_info) or caller.line, scope)
             outputs = self.equation(eqn, [read(atom) for atom in eqn.invars], source)
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, eqn: Any, inputs: list[Value], source: str) -> Sequence[Value]:
+    def equation(self, eqn: Any, inputs: list[Value], source: Source) -> Sequence[Value]:
         name = eqn.primitive.name
         if name in _CALLS:
             body = next(eqn.params[key] for key in _BODIES if key in eqn.params)
@@ -131,20 +132,20 @@ class _Tracer:
             self.own.update((id(value), value) for value in values)
         return self.samples[node]
 
-    def inline(self, fn: Callable[..., Any], inputs: Sequence[Value], source: str) -> list[Value]:
+    def inline(self, fn: Callable[..., Any], inputs: Sequence[Value], source: Source) -> list[Value]:
         """Continues with a function in the place of an operation."""
         shapes = [jax.ShapeDtypeStruct(jnp.shape(value), value.dtype) if isinstance(value, Node) else value
                   for value in inputs]
         closed = jax.make_jaxpr(fn)(*shapes)
         return self.run(closed.jaxpr, closed.consts, inputs, source)
 
-    def broadcast(self, value: Value, shape: tuple[int, ...], source: str) -> Value:
+    def broadcast(self, value: Value, shape: tuple[int, ...], source: Source) -> Value:
         """Repeats axes of size 1, as elementwise primitives do by themselves."""
         if jnp.shape(value) in ((), shape):
             return value
         return self.apply(lambda array: jnp.broadcast_to(array, shape), [value], source)
 
-    def unroll(self, eqn: Any, inputs: list[Value], source: str) -> list[Value]:
+    def unroll(self, eqn: Any, inputs: list[Value], source: Source) -> list[Value]:
         """Runs a `scan` step by step."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         num_consts, num_carry = _scan_sizes(eqn.params)
@@ -161,13 +162,13 @@ class _Tracer:
         ys = [self.apply(lambda *rows: jnp.stack(rows), list(rows), source) for rows in zip(*stacked, strict=True)]
         return [*carry, *ys]
 
-    def apply(self, fn: Callable[..., Array], inputs: Sequence[Value], source: str) -> Value:
+    def apply(self, fn: Callable[..., Array], inputs: Sequence[Value], source: Source) -> Value:
         """Applies a function with one output to perturbed values or constants."""
         if not any(isinstance(value, Node) for value in inputs):
             return self.execute(lambda *values: (fn(*values),), inputs)[0]
         return self.inline(fn, inputs, source)[0]
 
-    def rewrite(self, eqn: Any, inputs: list[Value], source: str) -> Value | None:
+    def rewrite(self, eqn: Any, inputs: list[Value], source: Source) -> Value | None:
         """Writes an operation in others; None if `eqn` is none of those that are rewritten."""
         call = _Call(eqn.primitive.name, inputs, eqn.params, eqn.outvars[0].aval.shape, source)
         whole = rewrites.whole(call.name, self.known_parts(inputs), call.shape)
@@ -238,7 +239,7 @@ class _Tracer:
         largest = self.pool(self.inline(functools.partial(split, sign=sign), [x], call.source), call.source)
         return self.apply(lambda value: sign * value, [largest], call.source)
 
-    def pool(self, values: list[Value], source: str) -> Value:
+    def pool(self, values: list[Value], source: Source) -> Value:
         """Takes the largest of several values, pair by pair."""
         while len(values) > 1:
             rest = values[len(values) // 2 * 2 :]
@@ -290,7 +291,7 @@ class _Tracer:
         holds = np.asarray(which)
         return cases[1] if holds.all() else cases[0] if not holds.any() else None
 
-    def where_positive(self, inputs: list[Value], source: str) -> Value | None:
+    def where_positive(self, inputs: list[Value], source: Source) -> Value | None:
         """Recognises `where(x > 0, a x, b x)` as `b x + (a - b) relu(x)`."""
         predicate, if_false, if_true = inputs
         assert isinstance(predicate, Node)
@@ -320,11 +321,11 @@ class _Tracer:
             return next(value for value in op.inputs if not isinstance(value, Node))
         return None
 
-    def piecewise(self, x: Value, below: float, above: float, source: str) -> Node:
+    def piecewise(self, x: Value, below: float, above: float, source: Source) -> Node:
         return self.emit(PIECEWISE_LINEAR, piecewise_linear, (x,), source, below=below, above=above)
 
     def emit(
-        self, name: str, fn: Callable[..., Array], inputs: tuple[Value, ...], source: str, **params: float
+        self, name: str, fn: Callable[..., Array], inputs: tuple[Value, ...], source: Source, **params: float
     ) -> Node:
         node = next(value for value in inputs if isinstance(value, Node))
         output = Node(node.shape, node.dtype)
@@ -356,7 +357,7 @@ class _Call(NamedTuple):
     inputs: list[Value]
     params: dict[str, Any]
     shape: tuple[int, ...]
-    source: str
+    source: Source
 
 
 def _clamp(low: Array, x: Array, high: Array) -> Array:
