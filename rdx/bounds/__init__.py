@@ -2,6 +2,7 @@
 
 from rdx.bounds import relaxations
 from rdx.bounds.alpha import alpha_crown
+from rdx.bounds.branch import Verdict, Verification, verify
 from rdx.bounds.certify import Certificate, certify
 from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
@@ -12,6 +13,7 @@ from rdx.bounds.relaxations import Lines, register
 from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_case
 
 __all__ = [
-    "Certificate", "Interval", "Lines", "Plan", "Threat", "UnsupportedPrimitiveError", "WorstCase", "alpha_crown",
-    "certify", "crown", "crown_ibp", "ibp", "phased_objective", "plan", "register", "relaxations", "worst_case",
+    "Certificate", "Interval", "Lines", "Plan", "Threat", "UnsupportedPrimitiveError", "Verdict", "Verification",
+    "WorstCase", "alpha_crown", "certify", "crown", "crown_ibp", "ibp", "phased_objective", "plan", "register",
+    "relaxations", "verify", "worst_case",
 ]
