@@ -25,6 +25,8 @@ from rdx.compilation import as_partial, cpu_options
 from rdx.types import Array, PyTree
 
 _TIMEOUT = "Time ran out."
+# The largest multiplier that is kept, a float16.
+_LARGEST = 6e4
 
 
 class Verdict(enum.Enum):
@@ -194,11 +196,12 @@ class _Tree:
         self.refuter.consider([at[:, 0] for at in outcome.points])
         for i, domain in enumerate(domains):
             if not relaxed.is_empty[i]:
-                best = Multipliers(*(values[i] for values in outcome.best))
+                # Any multipliers will do to begin with: half of the memory, and a copy that lets go of the batch.
+                start = jax.tree.map(lambda v, i=i: np.minimum(v[i], _LARGEST).astype(np.float16), outcome.best)
                 # Halves inherit the bound of the whole; NaN and infinity are no bounds.
                 own = np.where(np.isfinite(outcome.lower[i]), outcome.lower[i], -np.inf)
                 lower = np.maximum(domain.lower, own)
-                known = domain._replace(lower=lower, start=best, choice=int(outcome.choice[i]))
+                known = domain._replace(lower=lower, start=start, choice=int(outcome.choice[i]))
                 self.file(known, np.asarray(relaxed.is_unstable[i]), np.asarray(relaxed.is_active[i]))
 
     def file(self, domain: _Domain, is_unstable: np.ndarray, is_active: np.ndarray) -> None:
@@ -256,7 +259,8 @@ class _Tree:
         if self.split == "input" or domains[0].start is None:
             alpha = jnp.repeat(relaxed.alpha[:, None], self.width, axis=1)
             return Multipliers(alpha, jnp.zeros_like(alpha))
-        return jax.tree.map(lambda *values: jnp.asarray(np.stack(values)), *(d.start for d in domains))
+        dtype = relaxed.alpha.dtype
+        return jax.tree.map(lambda *values: jnp.asarray(np.stack(values), dtype), *(d.start for d in domains))
 
 
 def _can_halve(boxes: list[Any], axis: int) -> bool:
