@@ -2,6 +2,7 @@
 
 from rdx.bounds import relaxations
 from rdx.bounds.alpha import alpha_crown
+from rdx.bounds.branch import Verdict, Verification, verify
 from rdx.bounds.certify import Certificate, certify
 from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
@@ -14,6 +15,6 @@ from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_cas
 
 __all__ = [
     "Certificate", "Details", "Interval", "Layer", "Lines", "Plan", "Planes", "Threat", "UnsupportedPrimitiveError",
-    "WorstCase", "alpha_crown", "certify", "crown", "crown_ibp", "details", "explain", "ibp", "phased_objective",
-    "plan", "register", "relaxations", "worst_case",
+    "Verdict", "Verification", "WorstCase", "alpha_crown", "certify", "crown", "crown_ibp", "details", "explain", "ibp",
+    "phased_objective", "plan", "register", "relaxations", "verify", "worst_case",
 ]

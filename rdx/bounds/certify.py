@@ -16,7 +16,7 @@ from rdx.types import Array, LogitsFn
 # Outward allowance relative to the largest logit that can occur in the region. Float32 bounds were measured to exceed
 # float64 ones by up to 4e-7 of that scale on convolutional nets with 10^4 neurons; the worst case of a sum of n terms
 # grows like n * 6e-8, its typical size like sqrt(n) * 6e-8, which is 6e-6 at n = 10^4.
-_ROUNDING = 1e-5
+ROUNDING = 1e-5
 
 
 class Certificate(NamedTuple):
@@ -60,6 +60,6 @@ def certify(
         check_labels(labels, x, logits.lower.shape[1])
         margins_lower = method(margins.of(logits_fn), region, labels).lower
     largest = jnp.maximum(jnp.abs(logits.lower), jnp.abs(logits.upper)).max(axis=1)
-    slack = _ROUNDING * largest
+    slack = ROUNDING * largest
     is_finite = jnp.isfinite(margins_lower).all(axis=1) & jnp.isfinite(slack)
     return Certificate(is_finite & (margins_lower.min(axis=1) > slack), margins_lower, slack)
