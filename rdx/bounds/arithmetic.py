@@ -10,17 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from rdx.bounds.graph import (
-    CLIPPED_EXP,
-    EXP_LIMIT,
-    MONOTONE,
-    PIECEWISE_LINEAR,
-    POOL,
-    Graph,
-    Node,
-    Op,
-    UnsupportedPrimitiveError,
-)
+from rdx.bounds.graph import LOGSUMEXP, MONOTONE, PIECEWISE_LINEAR, POOL, Graph, Node, Op, UnsupportedPrimitiveError
 from rdx.bounds.interval import Interval
 from rdx.types import Array
 
@@ -101,15 +91,8 @@ def _integer_power(op: Op, x: Interval) -> Interval:
     exponent = op.params["y"]
     if exponent >= 0:
         return _with_vertex(op, x) if exponent % 2 == 0 and exponent else _monotone()(op, x)
-    image, has_pole = _monotone()(op, x), (x.lower <= 0) & (x.upper >= 0)
-    # Sums of clipped exponentials stand for larger ones.
-    image = Interval(jnp.where(is_clipped(x), jnp.minimum(image.lower, 0.0), image.lower), image.upper)
-    return Interval(*(jnp.where(has_pole, jnp.nan, end) for end in image))
-
-
-def is_clipped(x: Interval) -> Array:
-    """Tells where a sum of clipped exponentials may be less than that of the exponentials; for its reciprocal."""
-    return x.upper >= 0.9 * math.exp(EXP_LIMIT)
+    has_pole = (x.lower <= 0) & (x.upper >= 0)
+    return Interval(*(jnp.where(has_pole, jnp.nan, end) for end in _monotone()(op, x)))
 
 
 def _power(op: Op, x: Interval, y: Interval) -> Interval:
@@ -203,10 +186,11 @@ _EDGES = {
     "acos": (-1.0, 1.0), "asin": (-1.0, 1.0), "atanh": (-1.0, 1.0), "erf_inv": (-1.0, 1.0), "log": (0.0,),
     "acosh": (1.0,), "log1p": (-1.0,), "rsqrt": (0.0,), "sqrt": (-1e-30,), "tan": (-0.5 * math.pi, 0.5 * math.pi),
 }
-_EVERYWHERE = ("asinh", "atan", "cbrt", CLIPPED_EXP, "erf", "erfc", "exp", "exp2", "expm1", "logistic", "sinh", "tanh")
+_EVERYWHERE = ("asinh", "atan", "cbrt", "erf", "erfc", "exp", "exp2", "expm1", "logistic", "sinh", "tanh")
 RULES: dict[str, Callable[..., Interval]] = {
     **{name: _monotone(*edges) for name, edges in _EDGES.items()}, **dict.fromkeys(_EVERYWHERE, _monotone()),
-    **dict.fromkeys(("and", "max", "min", "or", POOL), _both_ends), **dict.fromkeys(("cosh", "square"), _with_vertex),
+    **dict.fromkeys(("and", "max", "min", "or", POOL, LOGSUMEXP), _both_ends),
+    **dict.fromkeys(("cosh", "square"), _with_vertex),
     **dict.fromkeys(("ge", "gt"), _greater), **dict.fromkeys(("le", "lt"), _less),
     **dict.fromkeys(("eq", "ne"), _equal), "not": _not, "select_n": _select, "cos": _cosine, "sin": _sine,
     "mul": _product, "div": _quotient, "pow": _power, "integer_pow": _integer_power,

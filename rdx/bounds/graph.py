@@ -5,9 +5,11 @@ ranges of both and `rdx.bounds.relaxations` the lines that enclose the nonlinear
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rdx.types import Array
@@ -22,12 +24,10 @@ MONOTONE = frozenset({
 # Linear in either operand, so affine while only one of them is perturbed.
 BILINEAR = frozenset({"conv_general_dilated", "dot_general", "mul"})
 AFFINE = MONOTONE | BILINEAR | {"div", "neg", "sub"}
-# Not primitives: functions with one kink at 0, and the larger of two values as max pooling bounds it.
+# Not primitives: functions with one kink at 0, the largest of several values, the log of the sum of their exponentials.
 PIECEWISE_LINEAR = "piecewise_linear"
 POOL = "pool"
-# The exponential inside a softmax, constant beyond `EXP_LIMIT`; what is divided by it is below 2e-35 there.
-CLIPPED_EXP = "clipped_exp"
-EXP_LIMIT = 80.0
+LOGSUMEXP = "logsumexp"
 # Where constants decide what goes where; the remaining inputs may be perturbed.
 _INDICES = {
     "select_n": slice(0, 1), "gather": slice(1, None), "dynamic_slice": slice(1, None), "scatter": slice(1, 2),
@@ -171,6 +171,11 @@ def piecewise_linear(x: Array, below: float, above: float) -> Array:
     return jnp.where(x > 0, above * x, below * x)
 
 
-def clipped_exp(x: Array) -> Array:
-    """Evaluates `exp(min(x, 80))`, which sums of thousands of terms keep finite in float32."""
-    return jnp.exp(jnp.minimum(x, EXP_LIMIT))
+def largest(*values: Array) -> Array:
+    """Evaluates the largest of several values."""
+    return functools.reduce(jnp.maximum, values)
+
+
+def log_sum_exp(*values: Array) -> Array:
+    """Evaluates the log of a sum of exponentials."""
+    return jax.nn.logsumexp(jnp.stack(values), axis=0)

@@ -172,18 +172,7 @@ def _power(op: graph.Op, x: Interval) -> Lines:
     is_negative = x.upper < 0
     mirrored = Interval(jnp.where(is_negative, -x.upper, x.lower), jnp.where(is_negative, -x.lower, x.upper))
     above = convex(op, mirrored)
-    slope, bias = (jnp.where(arithmetic.is_clipped(x), 0.0, v) for v in (above.lower_slopes[0], above.lower_bias))
-    above = above._replace(lower_slopes=(slope,), lower_bias=bias)
     return jax.tree.map(lambda turned, kept: jnp.where(is_negative, turned, kept), _turned(above), above)
-
-
-def _clipped_exp(op: graph.Op, x: Interval) -> Lines:
-    """Encloses `exp(min(x, limit))`: convex up to the limit, between constants on an interval that goes beyond."""
-    below = Interval(*(jnp.minimum(end, graph.EXP_LIMIT) for end in x))
-    (least,), (greatest,) = op.fn(x.lower), op.fn(x.upper)
-    constants = _line(jnp.zeros_like(least), least, jnp.zeros_like(least), greatest)
-    curved = convex(dataclasses.replace(op, name="exp"), below)
-    return jax.tree.map(lambda constant, kept: jnp.where(x.upper > graph.EXP_LIMIT, constant, kept), constants, curved)
 
 
 def _product(op: graph.Op, x: Interval, y: Interval) -> Lines:
@@ -192,14 +181,45 @@ def _product(op: graph.Op, x: Interval, y: Interval) -> Lines:
     return Lines((y.lower, x.lower), -x.lower * y.lower, (y.upper, x.lower), -x.lower * y.upper)
 
 
-def _pool(op: graph.Op, x: Interval, y: Interval) -> Lines:
-    """Encloses `max(x, y)`: below by the likelier one, above by the one that is sure to win, else by a constant."""
+def _pool(op: graph.Op, *inputs: Interval) -> Lines:
+    """Encloses the largest of several values: below by that of the greatest center, above by one that is sure to win.
+
+    Of the planes `x_i` below, that of the greatest center is the highest on average. Where no value is sure to win, the
+    upper plane is constant.
+    """
     del op
-    first = (x.lower >= y.lower).astype(x.lower.dtype)
-    is_sure = ((x.lower >= y.upper) | (y.lower >= x.upper)).astype(first.dtype)
-    zero = jnp.zeros_like(first)
-    constant = jnp.where(is_sure > 0, 0.0, jnp.maximum(x.upper, y.upper))
-    return Lines((first, 1.0 - first), zero, (first * is_sure, (1.0 - first) * is_sure), constant)
+    lower, upper = (jnp.stack(ends) for ends in zip(*inputs, strict=True))
+    places = jnp.arange(len(inputs)).reshape(-1, *(1,) * (lower.ndim - 1))
+    is_first = places == jnp.argmax(lower + upper, axis=0)[None]
+    others = jnp.where(is_first, -jnp.inf, upper).max(axis=0)
+    is_sure = jnp.where(is_first, lower, -jnp.inf).max(axis=0) >= others
+    slopes = tuple(is_first.astype(lower.dtype))
+    zero = jnp.zeros_like(others)
+    return Lines(
+        slopes, zero, tuple(jnp.where(is_sure, slope, 0.0) for slope in slopes),
+        jnp.where(is_sure, 0.0, upper.max(axis=0)),
+    )
+
+
+def _logsumexp(op: graph.Op, *inputs: Interval) -> Lines:
+    """Encloses `log sum_j exp x_j`: below by its tangent in the middle, above by that of the log of a sum of chords.
+
+    These are the bounds of Wei et al. (2023, arXiv:2303.01713) for the sum in a softmax.
+    """
+    lower, upper = (jnp.stack(ends) for ends in zip(*inputs, strict=True))
+    width, largest = upper - lower, upper.max(axis=0)
+    middle = lower + 0.5 * width  # a mask may be the lowest number there is
+    (at_middle,) = op.fn(*middle)
+    tangent = jnp.exp(middle - at_middle[None])
+    at_lower, at_upper = jnp.exp(lower - largest[None]), jnp.exp(upper - largest[None])
+    # Over less than this a chord has the slope of the tangent, up to rounding.
+    is_narrow = width < 1e-3
+    chord = (at_upper - at_lower) / jnp.where(is_narrow, 1.0, width)
+    chord = jnp.where(is_narrow, jnp.exp(middle - largest[None]), chord)
+    total = 0.5 * (at_lower + at_upper).sum(axis=0)
+    slopes = chord / total[None]
+    upper_bias = largest + jnp.log(total) - (slopes * middle).sum(axis=0)
+    return Lines(tuple(tangent), at_middle - (tangent * middle).sum(axis=0), tuple(slopes), upper_bias)
 
 
 def s_shaped(op: graph.Op, x: Interval) -> Lines:
@@ -215,8 +235,9 @@ def s_shaped(op: graph.Op, x: Interval) -> Lines:
 def _line_above(lower: Array, upper: Array, fn: Callable, slope: Callable) -> tuple[Array, Array]:
     """Finds a line above an S-shaped function (convex below 0, concave above) on `[lower, upper]`.
 
-    It is the chord if the tangent at `upper` passes below `(lower, f(lower))`; else a tangent at some `d >= 0`: the
-    one through `(lower, f(lower))` if `lower < 0`, and the one at the midpoint if the whole interval is concave.
+    It is the chord if the tangent at `upper` passes below `(lower, f(lower))`. Else it is the tangent at the midpoint,
+    of all lines the lowest there, if that is above the curve at `lower`; and if not, the one through
+    `(lower, f(lower))`, which touches the curve further right.
     """
     is_point = upper - lower < 1e-6
     width = jnp.where(is_point, 1.0, upper - lower)
@@ -233,9 +254,8 @@ def _line_above(lower: Array, upper: Array, fn: Callable, slope: Callable) -> tu
 
     start = (jnp.zeros_like(upper), jnp.maximum(upper, 0.0))
     _, touch = lax.stop_gradient(lax.fori_loop(0, _NUM_BISECTIONS, halve, lax.stop_gradient(start)))
-    is_concave = lower >= 0
-    point = jnp.where(is_concave, 0.5 * (lower + upper), _implicit(touch, gap))
-    is_chord = (upper <= 0) | (~is_concave & (gap(upper) <= 0)) | is_point
+    point = jnp.maximum(_implicit(touch, gap), 0.5 * (lower + upper))
+    is_chord = (upper <= 0) | ((lower < 0) & (gap(upper) <= 0)) | is_point
     k = jnp.where(is_chord, chord, slope(point))
     # The upper end is the reference of the chord: both ends lie on it, and rounding errs where f is largest.
     anchor = jnp.where(is_chord, upper, point)
@@ -254,7 +274,7 @@ RULES: dict[str, Callable[..., Lines]] = {
     **dict.fromkeys(("cosh", "exp", "exp2", "expm1", "rsqrt", "square"), convex),
     **dict.fromkeys(("acosh", "log", "log1p", "sqrt"), concave),
     **dict.fromkeys(("asinh", "atan", "erf", "logistic", "tanh"), s_shaped),
-    graph.CLIPPED_EXP: _clipped_exp, "integer_pow": _power, "mul": _product, graph.POOL: _pool,
+    "integer_pow": _power, "mul": _product, graph.POOL: _pool, graph.LOGSUMEXP: _logsumexp,
     composites.COMPOSITE: lambda op, x: _line(*univariate.lines(op, x)),
 }
 # Ranges of what is no primitive.
@@ -315,7 +335,7 @@ def check(ops: tuple[graph.Op, ...]) -> None:
             "abs", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "scan",
             "stop_gradient",
         }
-        made_up = {graph.CLIPPED_EXP, graph.PIECEWISE_LINEAR, graph.POOL}
+        made_up = {graph.LOGSUMEXP, graph.PIECEWISE_LINEAR, graph.POOL}
         supported = sorted({*graph.AFFINE, *arithmetic.RULES, *rewritten} - made_up)
         raise graph.UnsupportedPrimitiveError(
             f"Bounds have no rule for primitive {op.name!r} {reason}, at {op.source}. Add one with bounds.register, or "

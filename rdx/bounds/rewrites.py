@@ -1,9 +1,10 @@
 """What stands in for an operation: the same function, written in operations that have rules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -11,6 +12,8 @@ from jax import lax
 from rdx.bounds.graph import Node, Value
 from rdx.types import Array
 
+# A softmax adds up so many exponentials at once.
+_MANY = 8
 # Takes the place of -inf in padding: no maximum, and 0 times it is 0.
 _LOWEST = -1e30
 _SHAPING = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
@@ -49,38 +52,11 @@ class Part(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A function of `x` that its parts add up to; a shift by `m` changes nothing in it."""
+    """A function of `x` that its parts add up to: softmax, log_softmax or logsumexp over some axes."""
 
     kind: str
     node: Node
     axes: tuple[int, ...]
-
-    @property
-    def needs_shift(self) -> bool:
-        """Whether the function is computed with a constant in the place of `m`."""
-        return self.kind == "logsumexp"
-
-    def function(self, shift: Array | None, shape: tuple[int, ...]) -> Callable[[Array], Array]:
-        """Builds the function, with an output of the given shape; of a softmax, from `clipped_exp` of `differences`.
-
-        A second argument of the function, with the shape of `x`, weighs its elements with 0 or 1.
-        """
-
-        def softmax(ratios: Array, *weights: Array) -> Array:
-            rows = [_last(weight, self.axes) for weight in weights]
-            total = math.prod((row[..., None, :] for row in rows), start=ratios).sum(-1)
-            return _restore(math.prod(rows, start=lax.integer_pow(total, -1)), self.axes, shape)
-
-        def log_softmax(x: Array) -> Array:
-            return _restore(-jnp.log(jnp.exp(differences(x, self.axes)).sum(-1)), self.axes, shape)
-
-        def logsumexp(x: Array, *weights: Array) -> Array:
-            assert shift is not None
-            top = shift.max(axis=self.axes, keepdims=True)
-            total = math.prod(weights, start=jnp.exp(x - top)).sum(axis=self.axes, keepdims=True)
-            return (jnp.log(total) + top).reshape(shape)
-
-        return {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}[self.kind]
 
 
 def part(
@@ -154,11 +130,42 @@ def whole(name: str, known: Sequence[Part | None], shape: tuple[int, ...]) -> Wh
     return None if made is None else Whole(made, first.node, first.axes)
 
 
-def differences(x: Array, axes: tuple[int, ...]) -> Array:
-    """Computes the `x_j - x_i` of `softmax_i = 1 / sum_j exp(x_j - x_i)`: each once, so that intervals are exact."""
-    rows = _last(x, axes)
-    apart = 1.0 - np.eye(rows.shape[-1], dtype=x.dtype)
-    return (rows[..., None, :] - rows[..., :, None]) * apart.reshape((1,) * (rows.ndim - 1) + apart.shape)
+def softmax(x: Array, others: Array, *, axes: tuple[int, ...], is_log: bool) -> Array:
+    """Computes `logistic(x_i - log sum_{j != i} exp x_j)` or its log: each value once, so that intervals are exact.
+
+    Args:
+        x: what softmax is taken of.
+        others: the log of the sum of the other exponentials, in the form of `rows`.
+        axes: of the softmax.
+        is_log: whether its log is wanted.
+    """
+    distance = rows(x, axes=axes) - others
+    return _restore(jax.nn.log_sigmoid(distance) if is_log else lax.logistic(distance), axes, x.shape)
+
+
+def logsumexp(x: Array, top: Array, *weights: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Computes the log of a sum of exponentials, which may have weights, shifted by constants that do not matter."""
+    top = top.max(axis=axes, keepdims=True)
+    total = math.prod(weights, start=jnp.exp(x - top)).sum(axis=axes, keepdims=True)
+    return (jnp.log(total) + top).reshape(shape)
+
+
+def blocks(num: int) -> tuple[range, range, range]:
+    """Splits `1 ... num`: a first block, where it has to be moved to for the next ones, and what is left over."""
+    size = num if num <= _MANY else math.isqrt(num)
+    end = num // size * size
+    return range(1, size + 1), range(0, end, size), range(end + 1, num + 1)
+
+
+def rotations(x: Array, *, shifts: Sequence[int]) -> list[Array]:
+    """Lists what lies some places further along the last axis, which begins again at its end."""
+    return [jnp.roll(x, -shift, axis=-1) if shift else x for shift in shifts]
+
+
+def hide(x: Array, weights: Array, *, axes: tuple[int, ...]) -> Array:
+    """Replaces values of weight 0 by a number whose exponential is 0, or by NaN where there are no others."""
+    lowest = jnp.where((weights == 0.0).all(axis=axes, keepdims=True), jnp.nan, jnp.asarray(_LOWEST, x.dtype))
+    return jnp.where(weights > 0.0, x, jnp.broadcast_to(lowest, x.shape))
 
 
 def without_infinity(x: Array, masked: Array, *, axes: tuple[int, ...]) -> Array:
@@ -168,22 +175,22 @@ def without_infinity(x: Array, masked: Array, *, axes: tuple[int, ...]) -> Array
     return jnp.where(is_hidden, jnp.nan_to_num(masked), x)
 
 
-def _last(x: Array, axes: tuple[int, ...]) -> Array:
+def rows(x: Array, *, axes: tuple[int, ...]) -> Array:
     """Flattens some axes into a last one."""
     kept = _without(x.ndim, axes)
     return x.transpose(*kept, *axes).reshape(*(x.shape[axis] for axis in kept), -1)
 
 
-def _restore(rows: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Undoes `_last` of an array of the given shape."""
+def _restore(flat: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Undoes `rows` of an array of the given shape."""
     order = [*_without(len(shape), axes), *axes]
-    return rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+    return flat.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def split_axes(x: Array, *, axes: tuple[int, ...], sign: float) -> list[Array]:
     """Lists the values along some axes, as they are or with the other sign."""
-    rows = _last(x if sign > 0 else -x, axes)
-    return [rows[..., i] for i in range(rows.shape[-1])]
+    flat = rows(x if sign > 0 else -x, axes=axes)
+    return [flat[..., i] for i in range(flat.shape[-1])]
 
 
 def windows(

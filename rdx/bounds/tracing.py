@@ -3,7 +3,7 @@
 Tracing inlines nested calls and unrolls loops of fixed length, executes at once everything that does not depend on the
 perturbed input (which folds BatchNorm statistics, biases and casts into constants), and writes what is left in few
 operations: `max(x, c) = c + relu(x - c)`, `min(x, c) = c - relu(c - x)`, `|x|` and `where(x > 0, a x, b x)` in one
-normal form, division as a product with the reciprocal, pooling by pairs, softmax by differences.
+normal form, division as a product with the reciprocal, softmax as logistic of differences.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from rdx.bounds import graph, rewrites
-from rdx.bounds.graph import PIECEWISE_LINEAR, POOL, Graph, Node, Op, Source, Value, piecewise_linear, reachable
+from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op, Source, Value, piecewise_linear, reachable
 from rdx.types import Array, PyTree
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
@@ -181,18 +181,36 @@ class _Tracer:
         return [self.parts.get(value) if isinstance(value, Node) else None for value in inputs]
 
     def softmax(self, whole: rewrites.Whole, call: "_Call") -> Value:
-        x, weights = whole.node, []
-        masked = None if whole.kind == "log_softmax" else self.infinities(x)
+        """Writes the functions of a softmax; what constants set to minus infinity is left out of them."""
+        x, axes, source = whole.node, whole.axes, call.source
+        is_log, weights = whole.kind == "log_softmax", []
+        masked = None if is_log else self.infinities(x)
         if masked is not None:
-            # An exponential that is 0 is left out, which is exact where linear functions cannot pass infinity.
             weights = self.execute(lambda m: (jnp.isfinite(m).astype(m.dtype),), [masked])
-            x = self.apply(lambda x, weight: jnp.where(weight > 0.0, x, 0.0), [x, *weights], call.source)
-        assert isinstance(x, Node)
-        shift = self.sample(x) if whole.needs_shift else None
-        if whole.kind == "softmax":
-            apart = self.apply(functools.partial(rewrites.differences, axes=whole.axes), [x], call.source)
-            x = self.emit(graph.CLIPPED_EXP, graph.clipped_exp, (apart,), call.source)
-        return self.apply(whole.function(shift, call.shape), [x, *weights], call.source)
+            x = self.apply(functools.partial(rewrites.hide, axes=axes), [x, *weights], source)
+        if whole.kind == "logsumexp":
+            assert isinstance(x, Node)
+            function = functools.partial(rewrites.logsumexp, axes=axes, shape=call.shape)
+            return self.apply(function, [x, self.sample(x), *weights], source)
+        rows = self.apply(functools.partial(rewrites.rows, axes=axes), [x], source)
+        if rows.shape[-1] == 1:
+            return jnp.full(call.shape, 0.0 if is_log else 1.0, rows.dtype)
+        function = functools.partial(rewrites.softmax, axes=axes, is_log=is_log)
+        return self.apply(function, [x, self.log_sum_exp_of_others(rows, source)], source)
+
+    def log_sum_exp_of_others(self, rows: Value, source: Source) -> Value:
+        """Adds up what lies 1, 2, ... places further; many values in blocks, as every addend is bounded by itself."""
+
+        def rotated(value: Value, shifts: range) -> list[Value]:
+            return self.inline(functools.partial(rewrites.rotations, shifts=shifts), [value], source)
+
+        near, blocks, rest = rewrites.blocks(rows.shape[-1] - 1)
+        block = self.combine(graph.LOGSUMEXP, graph.log_sum_exp, rotated(rows, near), source)
+        values = rotated(block, blocks) + rotated(rows, rest)
+        return self.combine(graph.LOGSUMEXP, graph.log_sum_exp, values, source)
+
+    def combine(self, name: str, fn: Callable[..., Array], values: list[Value], source: Source) -> Value:
+        return self.emit(name, fn, tuple(values), source) if len(values) > 1 else values[0]
 
     def infinities(self, x: Node) -> Array | None:
         """Finds where constants set a value to infinity: those are the infinite elements of what is returned."""
@@ -236,16 +254,9 @@ class _Tracer:
     def largest(self, split: Callable[..., list[Array]], x: Value, call: "_Call") -> Value:
         """Takes the largest of what `split` lists, or the smallest as minus the largest of the negatives."""
         sign = 1.0 if call.name.endswith("max") else -1.0
-        largest = self.pool(self.inline(functools.partial(split, sign=sign), [x], call.source), call.source)
+        values = self.inline(functools.partial(split, sign=sign), [x], call.source)
+        largest = self.combine(graph.POOL, graph.largest, values, call.source)
         return self.apply(lambda value: sign * value, [largest], call.source)
-
-    def pool(self, values: list[Value], source: Source) -> Value:
-        """Takes the largest of several values, pair by pair."""
-        while len(values) > 1:
-            rest = values[len(values) // 2 * 2 :]
-            pairs = zip(values[::2], values[1::2], strict=False)
-            values = [self.emit(POOL, lax.max, pair, source) for pair in pairs] + rest
-        return values[0]
 
     def power(self, call: "_Call") -> Value | None:
         """Leaves odd powers, even powers above 2 and the reciprocal as they are."""

@@ -250,6 +250,9 @@ CASES = {
     "amax": between(lambda x: x.max(axis=1, keepdims=True), out=1),
     "amin": between(lambda x: x.reshape(-1, 2, 3).min(axis=1), width=6, out=3),
     "max_pool": Case(lambda: lambda x: nn.max_pool(x @ weights(2, 2), (2, 2), (2, 2), "SAME"), IMAGE),
+    # Some of the relus are dead, and no less than what the others may be.
+    "max_of_relus": between(lambda x: nn.relu(x - jnp.array([[3.0, 0.0, 3.0, 0.3, 0.0]])).max(axis=1)[:, None], out=1),
+    "softmax_of_many": between(jax.nn.softmax, width=12),
     "max_pool_1d": between(lambda x: nn.max_pool(x[..., None], (2,), (1,), "VALID")[..., 0], width=6, out=5),
     "bilinear_form": between(lambda x: jnp.einsum("bi,ij,bj->b", x, weights(5, 5), x)[:, None], out=1),
     "attention": Case(lambda: attention),

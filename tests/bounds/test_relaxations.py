@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.nn import logsumexp
 
+from rdx import bounds as bounds_of
+from rdx.balls import Ball
 from rdx.bounds import graph, relaxations, tracing
 from rdx.bounds.interval import Interval
 
@@ -147,23 +150,17 @@ def test_s_shaped_lines_are_the_best_ones(name):
     # Convex: chord above, tangent at the midpoint below. Concave: the other way round.
     close(lines_of(op, -2.0, -0.5), [*tangent(-1.25), *chord(-2.0, -0.5)])
     close(lines_of(op, 0.5, 2.0), [*chord(0.5, 2.0), *tangent(1.25)])
-    # Nearly convex: the chord is still above, and the lower line leaves the upper end as a tangent.
-    lower_slope, lower_bias, *upper = lines_of(op, -3.0, 0.1)
-    close(upper, chord(-3.0, 0.1))
-    close(lower_slope * 0.1 + lower_bias, fn(0.1))
-    points = np.linspace(-3.0, 0.1, 20001)
-    gap = fn(points) - lower_slope * points - lower_bias
-    touch = points[gap[:-100].argmin()]
-    assert -3.0 < touch < 0.0
-    close(derivative(touch), lower_slope, atol=1e-3)
+    # Nearly convex: the chord is still above, and the tangent at the midpoint still below the upper end.
+    close(lines_of(op, -3.0, 0.1), [*tangent(-1.45), *chord(-3.0, 0.1)])
+    close(lines_of(op, -0.1, 3.0), [*chord(-0.1, 3.0), *tangent(1.45)])
     # Both curvatures: the upper line leaves the lower end as a tangent at some d > 0, and the function is odd.
-    slope, bias = lines_of(op, -1.0, 6.0)[2:]
+    slope, bias = lines_of(op, -1.0, 1.2)[2:]
     close(slope * -1.0 + bias, fn(-1.0))
-    points = np.linspace(0.0, 6.0, 20001)
+    points = np.linspace(0.0, 1.2, 20001)
     touch = points[(slope * points + bias - fn(points)).argmin()]
-    assert 0.0 < touch < 6.0
+    assert 0.1 < touch < 1.2
     close(derivative(touch), slope, atol=1e-3)
-    mirrored_slope, mirrored_bias = lines_of(op, -6.0, 1.0)[:2]
+    mirrored_slope, mirrored_bias = lines_of(op, -1.2, 1.0)[:2]
     close([mirrored_slope, mirrored_bias], [slope, 2.0 * fn(0.0) - bias])
 
 
@@ -200,3 +197,60 @@ def test_gradients_are_differences(name):
             _, exact = jax.jvp(lines, (jnp.asarray(ends),), (jnp.asarray(direction),))
             difference = (lines(ends + step * direction) - lines(ends - step * direction)) / (2.0 * step)
             np.testing.assert_allclose(exact, difference, rtol=0.0, atol=1e-4)
+
+
+def several_intervals():
+    """Draws intervals of four values: of all widths, tied at their lower ends, points, one apart from the others."""
+    random = np.random.default_rng(0)
+    lower = random.normal(size=(4, 400)).round(1)
+    upper = lower + random.choice([0.0, 1e-5, 0.1, 1.0, 20.0], size=lower.shape)
+    lower[:, ::4] = 0.0  # what relus give
+    upper[:, ::4] = np.maximum(random.normal(size=upper[:, ::4].shape), 0.0)
+    lower[0, ::7] += 3.0
+    upper[0, ::7] += 3.0
+    return [Interval(*(jnp.asarray(end, jnp.float32) for end in ends)) for ends in zip(lower, upper, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "fn"), [
+    (graph.POOL, lambda x: x.max(axis=0)),
+    (graph.LOGSUMEXP, lambda x: np.log(np.exp(x - x.max(axis=0)).sum(axis=0)) + x.max(axis=0)),
+])
+def test_planes_enclose(name, fn):
+    bounds = several_intervals()
+    node = graph.Node((400,), jnp.float32)
+    apply = {graph.POOL: lambda *x: (jnp.stack(x).max(0),), graph.LOGSUMEXP: lambda *x: (logsumexp(jnp.stack(x), 0),)}
+    op = graph.Op(name, apply[name], (node,) * 4, (node,), {}, "")
+    lines = relaxations.relax(op, bounds, relaxations.adaptive)
+    lower, upper = (np.stack(ends).astype(np.float64) for ends in zip(*bounds, strict=True))
+    corners = np.indices((2,) * 4).reshape(4, -1, 1)
+    shares = np.concatenate([corners, np.random.default_rng(1).uniform(size=(4, 100, 1))], axis=1)
+    points = lower[:, None] + shares * (upper - lower)[:, None]
+    below, above = (
+        (np.stack(slopes).astype(np.float64)[:, None] * points).sum(axis=0) + np.asarray(bias, np.float64)
+        for slopes, bias in ((lines.lower_slopes, lines.lower_bias), (lines.upper_slopes, lines.upper_bias))
+    )
+    values = fn(points)
+    # Float32 rounds biases of the size of the values, which are below 30.
+    assert (below <= values + 1e-5).all()
+    assert (above >= values - 1e-5).all()
+    image = relaxations.propagate(op, bounds)
+    np.testing.assert_allclose(image.lower, fn(lower), atol=1e-5)
+    np.testing.assert_allclose(image.upper, fn(upper), atol=1e-5)
+    # Not merely sound: exact where one value is sure to win, and at most the constant upper end elsewhere.
+    if name == graph.POOL:
+        is_sure = lower[0] >= upper[1:].max(axis=0)
+        assert is_sure.sum() > 20
+        np.testing.assert_array_equal(np.where(is_sure, above - below, 0.0), 0.0)
+        assert (above <= upper.max(axis=0) + 1e-5).all()
+    else:
+        middle = fn(0.5 * (lower + upper)[:, None])[0]
+        at_middle = (np.stack(lines.lower_slopes) * 0.5 * (lower + upper)).sum(axis=0) + np.asarray(lines.lower_bias)
+        np.testing.assert_allclose(at_middle, middle, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [bounds_of.ibp, bounds_of.crown_ibp, bounds_of.crown])
+def test_maximum_of_a_dead_relu_and_a_live_one(method):
+    # Both are at least 0, and the dead one is at most 0: that does not make it the larger.
+    fn = lambda x: jnp.stack([jax.nn.relu(x - 2.0), jax.nn.relu(x)]).max(axis=0)
+    found = method(fn, Ball("linf", 1.0, -jnp.inf, jnp.inf).region(jnp.zeros((1, 1))))
+    np.testing.assert_allclose(jnp.concatenate(found), [[0.0], [1.0]], atol=1e-6)

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from bounds_helpers import METHODS, inputs
 
-from rdx import bounds
 from rdx.balls import Ball
-from rdx.bounds import graph
 
 X = inputs((3,), num=2)
 BALL = Ball("linf", 0.1)
@@ -68,35 +66,17 @@ def test_logits_far_apart(method, distance):
     least = np.exp(-1.1 * np.float64(distance))
     # Lines over an interval round to a part of its greatest value.
     assert 0.0 <= found.lower[0, 0] <= 1.0001 * least + 1e-5 * found.upper[0, 0]
-    assert found.upper[0, 0] >= 0.9999 * np.exp(-0.9 * np.float64(distance))
+    # The function itself is 0 where float32 ends.
+    assert found.upper[0, 0] >= 0.9999 * np.float32(np.exp(-0.9 * np.float64(distance)))
     assert found.upper[0, 0] < 1e-25
     assert found.lower[0, 1] > 0.99999
 
 
 @pytest.mark.parametrize("distance", [79.5, 80.5, 84.0, 200.0, 1e6])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_logarithm_sees_what_is_clipped(method, distance):
+def test_a_logarithm_of_next_to_nothing(method, distance):
     region = Ball("linf", 0.1, low=-np.inf, high=np.inf).region(jnp.array([[1.0]]))
     logits = lambda x: jnp.concatenate([0.0 * x, distance * x], axis=1)
     # It has the right bound or none.
     found = METHODS[method](lambda x: jnp.log(jax.nn.softmax(logits(x), axis=1)), region)
     assert not found.lower[0, 0] > -1.1 * distance + 1e-3
-
-
-def test_lines_of_the_clipped_exponential():
-    random = np.random.default_rng(0)
-    lower = jnp.asarray(random.uniform(-20.0, 100.0, 500), jnp.float32)
-    upper = lower + jnp.asarray(10.0 ** random.uniform(-4.0, 2.0, 500), jnp.float32)
-    node, output = graph.Node(lower.shape, lower.dtype), graph.Node(lower.shape, lower.dtype)
-    op = graph.Op(graph.CLIPPED_EXP, lambda x: (graph.clipped_exp(x),), (node,), (output,), {}, "here")
-    lines = bounds.relaxations.relax(op, [bounds.Interval(lower, upper)], bounds.relaxations.adaptive)
-    points = np.linspace(lower, upper, 201, dtype=np.float64)
-    values = np.exp(np.minimum(points, graph.EXP_LIMIT))
-    below, above = (
-        np.float64(slope) * points + np.float64(bias)
-        for slope, bias in ((lines.lower_slopes[0], lines.lower_bias), (lines.upper_slopes[0], lines.upper_bias))
-    )
-    # A slope of float32 times a point of 100 errs by a few 1e-6 of the largest value in the interval.
-    slack = 1e-4 * values.max(axis=0)
-    assert (below <= values + slack).all()
-    assert (above >= values - slack).all()
