@@ -184,7 +184,7 @@ class _Tracer:
         masked = None if whole.kind == "log_softmax" else self.infinities(x)
         if masked is not None:
             # An exponential that is 0 is left out, which is exact where linear functions cannot pass infinity.
-            weights = self.execute(lambda m: (jnp.isfinite(m).astype(m.dtype),), [masked])
+            weights = self.execute(lambda m: ((m != -jnp.inf).astype(m.dtype),), [masked])
             x = self.apply(lambda x, weight: jnp.where(weight > 0.0, x, 0.0), [x, *weights], call.source)
         assert isinstance(x, Node)
         shift = self.sample(x) if whole.needs_shift else None
