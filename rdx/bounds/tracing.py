@@ -186,7 +186,7 @@ class _Tracer:
         is_log, weights = whole.kind == "log_softmax", []
         masked = None if is_log else self.infinities(x)
         if masked is not None:
-            weights = self.execute(lambda m: (jnp.isfinite(m).astype(m.dtype),), [masked])
+            weights = self.execute(lambda m: ((m != -jnp.inf).astype(m.dtype),), [masked])
             x = self.apply(functools.partial(rewrites.hide, axes=axes), [x, *weights], source)
         if whole.kind == "logsumexp":
             assert isinstance(x, Node)

@@ -56,6 +56,14 @@ def test_nothing_certifies_where_everything_is_masked(method):
     assert not np.isfinite(found.lower).any()
 
 
+@pytest.mark.parametrize("fill_value", [np.inf, np.nan])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_certifies_where_a_mask_is_wrong(method, fill_value):
+    found = METHODS[method](lambda x: attend(x, MASKS[:1], fill_value), BALL.region(X[:1]))
+    assert np.isnan(attend(X[:1], MASKS[:1], fill_value)).all()
+    assert not (np.isfinite(found.lower) & np.isfinite(found.upper)).all()
+
+
 @pytest.mark.parametrize("distance", [70.0, 79.5, 80.5, 84.0, 200.0, 1e6])
 @pytest.mark.parametrize("method", METHODS)
 def test_logits_far_apart(method, distance):
