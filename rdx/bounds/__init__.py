@@ -1,9 +1,9 @@
 """Certified bounds of any JAX function: `method(fn, region, *args) -> Interval`, methods interchangeable."""
 
-from rdx.bounds import relaxations
+from rdx.bounds import relaxations, rounding
 from rdx.bounds.alpha import alpha_crown
 from rdx.bounds.branch import Verdict, Verification, verify
-from rdx.bounds.certify import Certificate, certify
+from rdx.bounds.certify import Certificate, certify, certify_in_float64
 from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
 from rdx.bounds.details import Details, Layer, Planes, details, explain
@@ -15,6 +15,7 @@ from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_cas
 
 __all__ = [
     "Certificate", "Details", "Interval", "Layer", "Lines", "Plan", "Planes", "Threat", "UnsupportedPrimitiveError",
-    "Verdict", "Verification", "WorstCase", "alpha_crown", "certify", "crown", "crown_ibp", "details", "explain", "ibp",
-    "phased_objective", "plan", "register", "relaxations", "verify", "worst_case",
+    "Verdict", "Verification", "WorstCase", "alpha_crown", "certify", "certify_in_float64", "crown", "crown_ibp",
+    "details", "explain", "ibp", "phased_objective", "plan", "register", "relaxations", "rounding", "verify",
+    "worst_case",
 ]

@@ -5,6 +5,7 @@ upper end whether it may hold somewhere. Outside its domain a function has no ra
 certificate survives.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -156,18 +157,24 @@ def _not(op: Op, x: Interval) -> Interval:
 
 def _less(op: Op, x: Interval, y: Interval) -> Interval:
     # x < y and x <= y fall in x and grow in y.
-    return Interval(*op.fn(x.upper, y.lower), *op.fn(x.lower, y.upper))
+    return _known(Interval(*op.fn(x.upper, y.lower), *op.fn(x.lower, y.upper)), x, y)
 
 
 def _greater(op: Op, x: Interval, y: Interval) -> Interval:
-    return Interval(*op.fn(x.lower, y.upper), *op.fn(x.upper, y.lower))
+    return _known(Interval(*op.fn(x.lower, y.upper), *op.fn(x.upper, y.lower)), x, y)
 
 
 def _equal(op: Op, x: Interval, y: Interval) -> Interval:
     are_points = (x.lower == x.upper) & (y.lower == y.upper)
     overlap = (x.lower <= y.upper) & (y.lower <= x.upper)
-    same = Interval(are_points & (x.lower == y.lower), overlap)
+    same = _known(Interval(are_points & (x.lower == y.lower), overlap), x, y)
     return same if op.name == "eq" else _not(op, same)
+
+
+def _known(holds: Interval, *compared: Interval) -> Interval:
+    """Leaves open what is compared with a value that has no range: it may be a number at some points."""
+    is_nan = functools.reduce(jnp.logical_or, (jnp.isnan(end) for value in compared for end in value))
+    return Interval(holds.lower & ~is_nan, holds.upper | is_nan)
 
 
 def _select(op: Op, which: Interval, *cases: Interval) -> Interval:

@@ -4,8 +4,7 @@ Where every neuron has a known sign the function is affine, and the least value 
 linear program over the input alone (Ehlers 2017, arXiv:1705.01320, without its relaxation).
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import scipy.optimize
 
 from rdx.bounds import subdomains
 from rdx.bounds.graph import PIECEWISE_LINEAR
+from rdx.bounds.rounding import double_precision, doubled
 from rdx.bounds.subdomains import Problem
 from rdx.types import Array, ArrayLike, PyTree
 
@@ -38,13 +38,6 @@ class Minimum(NamedTuple):
     points: list[np.ndarray] | None
 
 
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    """Lets jax compute in float64, for functions with float32 constants as well."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
-        yield
-
-
 class Refuter:
     """Looks for a counterexample among candidates; keeps the first, and what `fn` makes of it in float64."""
 
@@ -65,7 +58,7 @@ class Refuter:
         """Believes a candidate if it lies in the region and violates a clause in float64."""
         points = inside(self.problem, points)
         with double_precision():
-            problem = _doubled(self.problem)
+            problem = doubled(self.problem)
             outputs = np.asarray(_evaluate(problem, [jnp.asarray(x, jnp.float64) for x in points]))
         is_violated = any((outputs[0, clause] <= 0.0).all() for clause in self.clauses)
         if is_violated and self.counterexample is None and contains(self.problem, points):
@@ -168,7 +161,7 @@ def _affine_piece(problem: Problem, is_active: np.ndarray, indices: np.ndarray) 
     """Computes neurons, and outputs numbered after them, as affine functions of the input: rows and offsets."""
     padded = np.pad(indices, (0, -len(indices) % _BLOCK), mode="edge").reshape(-1, _BLOCK)
     with double_precision():
-        blocks = [_rows(_doubled(problem), jnp.asarray(is_active), jnp.asarray(block)) for block in padded]
+        blocks = [_rows(doubled(problem), jnp.asarray(is_active), jnp.asarray(block)) for block in padded]
     rows, offsets = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*blocks, strict=True))
     return rows[: len(indices)], offsets[: len(indices)]
 
@@ -198,13 +191,6 @@ def _rows(problem: Problem, is_active: Array, indices: Array) -> tuple[Array, Ar
 
 
 _evaluate = jax.jit(evaluate)
-
-
-def _doubled(tree: PyTree) -> PyTree:
-    def cast(leaf: PyTree) -> PyTree:
-        return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) else leaf
-
-    return jax.tree.map(cast, tree)
 
 
 def _distance(point: np.ndarray, center: np.ndarray, radius: np.ndarray, norm: str) -> float:

@@ -145,8 +145,8 @@ def _margins(
     return margins, tuple(starts)
 
 
-def _corner(window: Window, place: Array, starts: tuple[int, ...], rank: int) -> list[Array | int]:
-    corner: list[Array | int] = [0] * rank
+def _corner(window: Window, place: Array, starts: tuple[int, ...], rank: int) -> list[Array]:
+    corner: list[Array] = [jnp.zeros((), place.dtype)] * rank
     for i, axis in enumerate(window.axes):
         corner[axis] = window.strides[i] * place[i] + starts[i]
     return corner

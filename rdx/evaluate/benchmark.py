@@ -34,7 +34,7 @@ class Evaluation:
         index: place in the data set, int32.
         label: true class.
         prediction: class predicted for the (defended) input; -1 where a logit is NaN, which is always wrong.
-        certified: certified at the attacker's radius, with the allowance for rounding.
+        certified: certified at the attacker's radius, by `bounds.certify` and by `bounds.certify_in_float64`.
         margin_lower: the least certified margin.
         attacked: whether any attack was run on the example.
         broken: wrong clean, or made wrong by some attack; meaningful where `counted`.
@@ -99,6 +99,7 @@ def evaluate(
     _check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     prediction, certified, margin_lower = _certify(logits_fn, x, label, ball, method, batch_size, report)
+    certified = _confirm(logits_fn, x, label, ball, method, certified, batch_size, report)
     counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
     is_correct = prediction == label
     checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
@@ -157,6 +158,21 @@ def _certify(
     return prediction, certified, margin_lower
 
 
+def _confirm(
+    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, certified: np.ndarray,
+    batch_size: int, report: Callable,
+) -> np.ndarray:
+    """Keeps the certificates that float64 confirms: no verdict rests on the rounding of float32."""
+    rows, kept = np.flatnonzero(certified), np.zeros(len(certified), bool)
+    for start in range(0, len(rows), batch_size):
+        taken = rows[start : start + batch_size]
+        filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
+        proof = bounds.certify_in_float64(logits_fn, x[filled], labels[filled], ball=ball, method=method)
+        kept[taken] = np.asarray(proof.certified)[: len(taken)]
+        report("confirm", start + len(taken), len(rows))
+    return kept
+
+
 def _predict(logits_fn: LogitsFn, x: Array) -> Array:
     # The same precision as the certificate's: the two must speak of one function.
     with jax.default_matmul_precision("highest"):
@@ -190,8 +206,7 @@ def _attack(
         attack_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         for start in range(0, len(standing), batch_size):
             taken = standing[start : start + batch_size]
-            # Few sizes are compiled: the next power of two up to the batch size.
-            filled = _fill(taken, min(batch_size, 1 << (len(taken) - 1).bit_length()))
+            filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
             result = attack(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
             _check_attacked(name, result.x_adv, x[filled], ball)
             predicted = np.asarray(_predict_compiled(logits_fn, result.x_adv))[: len(taken)]
@@ -205,6 +220,11 @@ def _attack(
                 found[count][taken] += np.asarray(getattr(result, count))[: len(taken)]
             report(name, start + len(taken), len(standing))
     return found
+
+
+def _power_of_two(size: int) -> int:
+    # Few sizes are compiled: the next power of two.
+    return 1 << (size - 1).bit_length()
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:
