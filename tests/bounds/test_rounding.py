@@ -214,9 +214,9 @@ def test_convolutions_and_pools(method, norm):
         reference, tiny = jax.device_get(find(*rounding.doubled((fn, region))))
     error = np.abs(lower.astype(np.float64) - reference)
     assert (error <= allowance).all()
-    assert (0 < error).any()
+    assert (error > 0).any()
     # The padding of pools, -1e30, is not among the numbers that are rounded.
-    assert (0 < tiny).all()
+    assert (tiny > 0).all()
     assert (tiny < 1e-10).all()
     np.testing.assert_allclose(tiny * 2.0**29, allowance, rtol=1e-2)
 
