@@ -143,15 +143,19 @@ def _kinked_error(op: Op, inputs: Sequence[Interval], errors: Sequence[Array], g
 
 def _pool_error(op: Op, inputs: Sequence[Interval], errors: Sequence[Array], gamma: float) -> Array:
     del op
-    (x, y), (ex, ey) = inputs, errors
-    is_x, is_y = x.lower - 2.0 * ex > y.upper + 2.0 * ey, y.lower - 2.0 * ey > x.upper + 2.0 * ex
-
-    def pick(of_x: Array, of_y: Array, either: Array) -> Array:
-        return jnp.where(is_x, of_x, jnp.where(is_y, of_y, either))
-
-    mx, my = _magnitude(x, ex), _magnitude(y, ey)
-    # Without a certain winner either may be above the other by both errors, and the line above is a constant.
-    return pick(ex, ey, jnp.maximum(ex, ey) + ex + ey) + 4.0 * gamma * pick(mx, my, jnp.maximum(mx, my))
+    lower, upper, error, size = (
+        jnp.stack(parts) for parts in zip(
+            *((x.lower, x.upper, e, _magnitude(x, e)) for x, e in zip(inputs, errors, strict=True)), strict=True
+        )
+    )
+    places = jnp.arange(len(inputs)).reshape(-1, *(1,) * (lower.ndim - 1))
+    is_first = places == jnp.argmax(lower, axis=0)[None]
+    rival = jnp.where(is_first, -jnp.inf, upper + 2.0 * error).max(axis=0)
+    is_sure = is_first & (lower - 2.0 * error > rival[None])
+    # Without a certain winner each may be above another by both errors, and the plane above is a constant.
+    either = 3.0 * error.max(axis=0) + 4.0 * gamma * size.max(axis=0)
+    winner = jnp.where(is_sure, error + 4.0 * gamma * size, 0.0).sum(axis=0)
+    return jnp.where(is_sure.any(axis=0), winner, either)
 
 
 _KINKED: dict[str, Callable[..., Array]] = {PIECEWISE_LINEAR: _kinked_error, POOL: _pool_error}
