@@ -72,14 +72,14 @@ def forward(
     """
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
-        planes = _identities(graph.inputs, regions)
+        planes, notes = _identities(graph.inputs, regions), propagation.record()
 
         def enter(op: Op, known: propagation.Known) -> list[Interval]:
             _carry(graph, planes)
             bounds = [_concretize(planes[node], regions) for node in op.nodes]
             if intersect:
                 bounds = [found.intersect(known.intervals[node]) for found, node in zip(bounds, op.nodes, strict=True)]
-            lines = relaxations.relax(op, bounds, relu_lower)
+            lines = notes.lines[op] = relaxations.relax(op, bounds, relu_lower)
             planes[op.outputs[0]] = _through_lines(lines, [planes[node] for node in op.nodes])
             return bounds
 
