@@ -1,6 +1,7 @@
 """Threat models: an lp ball inside a box, and the region around one input that bounds are computed over."""
 
 import dataclasses
+import itertools
 from typing import cast
 
 import jax
@@ -28,6 +29,7 @@ class Region:
         lower: least value of each element over the set, shape `[B, ...]`.
         upper: greatest value of each element over the set, shape `[B, ...]`.
         norm: the ball's norm; for "linf" the set is just the box `[lower, upper]`.
+        is_shared: whether there is no batch axis, because all examples see the same values; see `shared`.
     """
 
     center: Array
@@ -35,6 +37,7 @@ class Region:
     lower: Array
     upper: Array
     norm: Norm = dataclasses.field(metadata={"static": True})
+    is_shared: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -42,10 +45,15 @@ class Region:
 class Ball:
     """The lp ball of radius `eps` around an input, intersected with the box `[low, high]`.
 
+    To perturb only a part of the input, let the radius be 0 elsewhere, with a mask of as many axes as `x`:
+
+        Ball("linf", jnp.where(mask, 8 / 255, 0.0))
+
     Attributes:
         norm: "linf", "l2" or "l1".
         eps: radius in input units: a scalar, one per example `[B]`, or broadcastable to `x` for a radius per element
-            (the ball is then `||delta / eps||_p <= 1`). Traced, so that sweeping it does not recompile.
+            (the ball is then `||delta / eps||_p <= 1`; elements of radius 0 stay as they are). Traced, so that sweeping
+            it does not recompile.
         low: lower end of the box, a scalar or broadcastable to `x`; `-inf` for no box.
         high: upper end of the box; `inf` for no box.
     """
@@ -187,6 +195,55 @@ class Ball:
         low, high = (jnp.asarray(end, dtype=point.dtype) for end in (self.low, self.high))
         in_box = (point >= low - tolerance) & (point <= high + tolerance)
         return in_ball & norms.flatten(stays & in_box).all(axis=1)
+
+
+def box(lower: Array, upper: Array, *, center: Array | None = None) -> Region:
+    """Describes the box `lower <= x <= upper`, for `rdx.bounds`, such as the input set of a VNN-LIB property.
+
+    Args:
+        lower: least value of each element, shape `[B, ...]`.
+        upper: greatest value of each element, the same shape.
+        center: a clean input inside the box; the middle by default.
+
+    Returns:
+        The region; its radius reaches from the center to the farther end.
+
+    Raises:
+        ValueError: on different shapes, ends that are not finite, or ends and center in the wrong order; values are
+            only looked at where they are concrete.
+    """
+    given = (lower, upper) if center is None else (lower, center, upper)
+    if len({np.shape(value) for value in given}) > 1:
+        raise ValueError(f"The box is given by arrays of shapes {[np.shape(value) for value in given]}: one for all.")
+    if not any(isinstance(value, Tracer) for value in given):
+        if not all(np.isfinite(value).all() for value in given):
+            raise ValueError("The box has an entry that is NaN or infinite: bounds are of bounded sets.")
+        if not all((np.asarray(a) <= np.asarray(b)).all() for a, b in itertools.pairwise(given)):
+            raise ValueError("The box is empty or its center outside: every element needs lower <= center <= upper.")
+    lower, upper = jnp.asarray(lower), jnp.asarray(upper)
+    middle = 0.5 * (lower + upper) if center is None else jnp.asarray(center)
+    return Region(middle, jnp.maximum(upper - middle, middle - lower), lower, upper, "linf")
+
+
+def shared(region: Region) -> Region:
+    """Marks a region without batch axis as one that all examples share, such as that of a network's weights.
+
+    Where the input of a bounded function is a pytree, its leaves may be of both kinds, and the function sees them as
+    they are: a batch of inputs and one set of weights,
+
+        weights = jax.tree.map(lambda leaf: balls.shared(Ball("linf", 1e-3, -jnp.inf, jnp.inf).region(leaf)), params)
+        bounds.ibp(lambda pair: net(pair[1], pair[0]), (ball.region(x), weights))
+
+    The bounds of an example hold for all weights in the region: it is not said that a single choice of them attains
+    those of several examples.
+
+    Args:
+        region: of an array without batch axis; `eps` is a scalar or has an entry for each element.
+
+    Returns:
+        The same region, marked.
+    """
+    return dataclasses.replace(region, is_shared=True)
 
 
 def _project_by_bisection(ball: Ball, point: Array, center: Array) -> Array:

@@ -7,6 +7,7 @@ from rdx.bounds.certify import Certificate, certify, certify_in_float64
 from rdx.bounds.cost import Plan, plan
 from rdx.bounds.crown import crown, crown_ibp
 from rdx.bounds.details import Details, Layer, Planes, details, explain
+from rdx.bounds.forward import forward
 from rdx.bounds.graph import UnsupportedPrimitiveError
 from rdx.bounds.ibp import ibp
 from rdx.bounds.interval import Interval
@@ -16,6 +17,6 @@ from rdx.bounds.worst_case import Threat, WorstCase, phased_objective, worst_cas
 __all__ = [
     "Certificate", "Details", "Interval", "Layer", "Lines", "Plan", "Planes", "Threat", "UnsupportedPrimitiveError",
     "Verdict", "Verification", "WorstCase", "alpha_crown", "certify", "certify_in_float64", "crown", "crown_ibp",
-    "details", "explain", "ibp", "phased_objective", "plan", "register", "relaxations", "rounding", "verify",
+    "details", "explain", "forward", "ibp", "phased_objective", "plan", "register", "relaxations", "rounding", "verify",
     "worst_case",
 ]

@@ -58,6 +58,8 @@ def two_sided(
     references = linear.reference_points(graph, sets, centers)
     reference = references[node].reshape(-1)
     begin = _beginning(graph, node, references)
+    # Rows that depend on nothing but shared values are not batched, and must not wait for it either.
+    has_shared = any(isinstance(over, Region) and over.is_shared for over in sets.values())
 
     def bound(indices: Array, *, are_own: bool = False, observe: Callable[[int], object] = id) -> Interval:
         objective, middle = begin(indices), reference[indices]
@@ -68,7 +70,7 @@ def two_sided(
 
             def value(choose: SlopeChoice) -> Array:
                 # Slopes are optimised inside of what a `vmap` will batch, where rows must not wait for it.
-                coefficients, gap = run(choose=choose, are_own=are_own, folds=optimise is None)
+                coefficients, gap = run(choose=choose, are_own=are_own, folds=optimise is None and not has_shared)
                 bound = sign * middle + gap
                 return sum((linear.deviation(found, sets[end]) for end, found in coefficients.items()), bound)
 

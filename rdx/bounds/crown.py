@@ -100,7 +100,7 @@ def layer_by_layer(
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.
     """
-    batch = propagation.batch_size(region)
+    batch = propagation.batch_size(region, *args)
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
         sets = dict(zip(graph.inputs, regions, strict=True))

@@ -117,7 +117,8 @@ def explain(
     """
     leaves = jax.tree.leaves(region, is_leaf=lambda leaf: isinstance(leaf, Region))
     keys = jax.random.split(key, len(leaves))
-    points = [_points(*pair, num_samples) for pair in zip(keys, leaves, strict=True)]
+    batch = propagation.batch_size(region, *args)
+    points = [_points(*pair, num_samples, batch) for pair in zip(keys, leaves, strict=True)]
     names: list[str] = []
 
     def harvest(graph: Graph, record: Record, *points: Array) -> list[tuple[Array, Array]]:
@@ -125,7 +126,7 @@ def explain(
         names.extend(places)
 
         def values(*point: Array) -> list[Array]:
-            known = graph.values(*(leaf[None] for leaf in point))
+            known = graph.values(*(p if leaf.is_shared else p[None] for p, leaf in zip(point, leaves, strict=True)))
             return [known[op.nodes[i]] for op, i in places.values()]
 
         seen = [value.max(axis=0) - value.min(axis=0) for value in jax.vmap(values)(*points)]
@@ -174,20 +175,26 @@ def _planes(graph: Graph, record: Record) -> Planes | None:
     size = math.prod(output.shape)
     unit = jnp.eye(size, dtype=output.dtype).reshape(-1, *output.shape)
 
+    shapes = {node: node.shape if over.is_shared else node.shape[1:] for node, over in sets.items()}
+
     def plane(sign: float) -> tuple[list[Array], Array]:
         rows, gap = linear.substitute(graph, {output: Rows(sign * unit)}, record.lines, sets, references)
         found, bias = [], sign * references[output].reshape(-1) + gap
         for node in graph.inputs:
             a = rows[node].dense(node) if node in rows else jnp.zeros((size, *node.shape), node.dtype)
             bias = bias - a.reshape(size, -1) @ references[node].reshape(-1)
-            found.append(sign * a.reshape(*output.shape[1:], *node.shape[1:]))
+            found.append(sign * a.reshape(*output.shape[1:], *shapes[node]))
         return found, sign * bias.reshape(output.shape[1:])
 
     return Planes(*plane(1.0), *plane(-1.0))
 
 
-def _points(key: Key, region: Region, num_samples: int) -> Array:
+def _points(key: Key, region: Region, num_samples: int, batch: int) -> Array:
     """Draws points of a region, every other one a corner brought into it, shape `[B, N, ...]`."""
+    if region.is_shared:
+        alone = dataclasses.replace(jax.tree.map(lambda leaf: leaf[None], region), is_shared=False)
+        points = _points(key, alone, num_samples, 1)
+        return jnp.broadcast_to(points, (batch, *points.shape[1:]))
     draw_key, corner_key = jax.random.split(key)
     is_fixed = region.radius == 0  # there the box needs no sides, and a ball's must not be empty
     low, high = jnp.where(is_fixed, -jnp.inf, region.lower), jnp.where(is_fixed, jnp.inf, region.upper)

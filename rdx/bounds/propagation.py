@@ -84,18 +84,15 @@ def record() -> Record:
 
 def per_example(method: Callable[..., Interval], fn: Callable[..., Array], region: PyTree, *args: PyTree) -> Interval:
     """Runs `method(graph, regions)` on every example: one example is traced, and the batch is a `vmap` over it."""
-
-    def is_region(leaf: PyTree) -> bool:
-        return isinstance(leaf, Region)
-
+    regions, structure = jax.tree.flatten(region, is_leaf=_is_region)
     listener = _LISTENER.get()
 
-    def one(region: PyTree, args: PyTree, extra: Sequence[Array]) -> tuple[Interval, PyTree]:
-        region, args = jax.tree.map(lambda leaf: leaf[None], (region, args))
-        graph = tracing.trace(fn, jax.tree.map(lambda leaf: leaf.center, region, is_leaf=is_region), *args)
+    def one(regions: Sequence[Region], args: PyTree, extra: Sequence[Array]) -> tuple[Interval, PyTree]:
+        regions = [region if region.is_shared else jax.tree.map(lambda leaf: leaf[None], region) for region in regions]
+        args = jax.tree.map(lambda leaf: leaf[None], args)
+        graph = tracing.trace(fn, structure.unflatten([region.center for region in regions]), *args)
         graph = composites.fuse(graph, relaxations.has_rule)
         relaxations.check(graph.ops)
-        regions = jax.tree.leaves(region, is_leaf=is_region)
         if listener is not None:
             listener.record = Record(regions=regions)
         constant = Interval(graph.output, graph.output) if not isinstance(graph.output, Node) else None
@@ -103,15 +100,29 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
         noted = None if listener is None else listener.harvest(graph, listener.record, *extra)
         return Interval(bounds.lower[0], bounds.upper[0]), noted
 
-    bounds, noted = jax.vmap(one)(region, args, () if listener is None else listener.extra)
+    axes = [None if region.is_shared else 0 for region in regions]
+    run = jax.vmap(one, in_axes=(axes, 0, 0), axis_size=batch_size(region, *args))
+    bounds, noted = run(regions, args, () if listener is None else listener.extra)
     if listener is not None:
         listener.found = noted
     return bounds
 
 
-def batch_size(region: PyTree) -> int:
-    """Counts the examples of a region."""
-    return jax.tree.leaves(region)[0].shape[0]
+def batch_size(region: PyTree, *args: PyTree) -> int:
+    """Counts the examples that a region and further arguments are given for.
+
+    Raises:
+        ValueError: if nothing has a batch axis, as all regions are shared.
+    """
+    regions = jax.tree.leaves(region, is_leaf=_is_region)
+    batched = jax.tree.leaves(([leaf.center for leaf in regions if not leaf.is_shared], args))
+    if not batched:
+        raise ValueError("All regions are shared and nothing has a batch axis: pass the examples as an argument.")
+    return batched[0].shape[0]
+
+
+def _is_region(leaf: PyTree) -> bool:
+    return isinstance(leaf, Region)
 
 
 def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Known], list[Interval]]) -> Known:
