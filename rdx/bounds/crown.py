@@ -43,7 +43,7 @@ def crown_ibp(
     """
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
-        relaxed = _Relaxed(propagation.interval_entry(graph, regions), relu_lower)
+        relaxed = Relaxed(propagation.interval_entry(graph, regions), relu_lower)
         known = propagation.propagate(graph, regions, relaxed.enter)
         return _output(graph, known, regions, relaxed, intersect=intersect)
 
@@ -103,29 +103,40 @@ def layer_by_layer(
     batch = propagation.batch_size(region, *args)
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
-        sets = dict(zip(graph.inputs, regions, strict=True))
-
-        def over(optimise: OptimiseOver | None) -> Callable[..., Array] | None:
-            return None if optimise is None else lambda value: optimise(value, relaxed.entered)
-
-        def substitute(op: Op, node: Node, known: propagation.Known) -> Interval:
-            suffix, ends = propagation.affine_suffix(graph, node)
-            interval, is_box = known.intervals[node], all(sets[n].norm == "linf" for n in ends if n in sets)
-            if is_box and ends <= sets.keys() and sum(op.is_mixing for op in suffix) <= 1:
-                return interval  # one layer over a box: that is exact already
-            chunks = Chunks(max_bytes / batch)
-            if intersect:
-                # Of an l2 or l1 ball the interval knows no more than a box around it.
-                chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval) if is_box else None)
-            return two_sided(
-                graph, node, relaxed.lines, sets, known.centers, chunks=chunks, optimise=over(optimise_hidden)
-            )
-
-        relaxed = _Relaxed(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
-        known = propagation.propagate(graph, regions, relaxed.enter)
-        return _output(graph, known, regions, relaxed, intersect=intersect, optimise=over(optimise_output))
+        relaxed, known = walk(
+            graph, regions, relu_lower=relu_lower, intersect=intersect, max_bytes=max_bytes / batch,
+            optimise=optimise_hidden,
+        )
+        return _output(graph, known, regions, relaxed, intersect=intersect, optimise=relaxed.over(optimise_output))
 
     return propagation.per_example(bound, fn, region, *args)
+
+
+def walk(
+    graph: Graph, regions: Sequence[Region], *, relu_lower: SlopeFn = relaxations.adaptive, intersect: bool = True,
+    max_bytes: float = MAX_BYTES, optimise: OptimiseOver | None = None,
+) -> tuple["Relaxed", propagation.Known]:
+    """Bounds what enters every nonlinear operation by substitution; see `layer_by_layer`.
+
+    Returns:
+        The bounds and lines of nonlinear operations, and the intervals of all nodes.
+    """
+    sets = dict(zip(graph.inputs, regions, strict=True))
+
+    def substitute(op: Op, node: Node, known: propagation.Known) -> Interval:
+        suffix, ends = propagation.affine_suffix(graph, node)
+        interval, is_box = known.intervals[node], all(sets[n].norm == "linf" for n in ends if n in sets)
+        if is_box and ends <= sets.keys() and sum(op.is_mixing for op in suffix) <= 1:
+            return interval  # one layer over a box: that is exact already
+        chunks = Chunks(max_bytes)
+        if intersect:
+            # Of an l2 or l1 ball the interval knows no more than a box around it.
+            chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval) if is_box else None)
+        over = relaxed.over(optimise)
+        return two_sided(graph, node, relaxed.lines, sets, known.centers, chunks=chunks, optimise=over)
+
+    relaxed = Relaxed(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
+    return relaxed, propagation.propagate(graph, regions, relaxed.enter)
 
 
 def _is_needed(op: Op, interval: Interval) -> Array | None:
@@ -133,22 +144,32 @@ def _is_needed(op: Op, interval: Interval) -> Array | None:
     return relaxations.is_unstable(interval) if op.name == PIECEWISE_LINEAR else None
 
 
-class _Relaxed:
-    """Remembers with which bounds nonlinear operations are entered, and their lines there."""
+class Relaxed:
+    """Remembers with which bounds nonlinear operations are entered, and their lines there.
+
+    Attributes:
+        entered: bounds of the inputs of each operation.
+        lines: its relaxation there.
+    """
 
     def __init__(self, enter: Callable[[Op, propagation.Known], list[Interval]], relu_lower: SlopeFn) -> None:
         self.entered: dict[Op, list[Interval]] = {}
         self.lines = propagation.record().lines
         self._enter, self._relu_lower = enter, relu_lower
 
+    def over(self, optimise: OptimiseOver | None) -> Optimise | None:
+        """Hands the bounds to whoever optimises slopes, which needs them when it runs."""
+        return None if optimise is None else lambda value: optimise(value, self.entered)
+
     def enter(self, op: Op, known: propagation.Known) -> list[Interval]:
+        """Bounds the inputs of an operation and relaxes it."""
         self.entered[op] = self._enter(op, known)
         self.lines[op] = relaxations.relax(op, self.entered[op], self._relu_lower)
         return self.entered[op]
 
 
 def _output(
-    graph: Graph, known: propagation.Known, regions: Sequence[Region], relaxed: _Relaxed, *, intersect: bool,
+    graph: Graph, known: propagation.Known, regions: Sequence[Region], relaxed: Relaxed, *, intersect: bool,
     optimise: Optimise | None = None,
 ) -> Interval:
     assert isinstance(graph.output, Node)

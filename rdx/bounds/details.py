@@ -1,5 +1,6 @@
 """What a method finds out on its way: bounds of hidden layers by name, linear coefficients, where bounds blow up."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

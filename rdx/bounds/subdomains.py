@@ -16,8 +16,7 @@ from jax.tree_util import Partial
 from rdx.balls import Region
 from rdx.bounds import composites, propagation, relaxations, tracing
 from rdx.bounds.certify import ROUNDING
-from rdx.bounds.chunks import Chunks, two_sided
-from rdx.bounds.crown import MAX_BYTES
+from rdx.bounds.crown import MAX_BYTES, walk
 from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines
@@ -113,11 +112,11 @@ def survey(problem: Problem) -> tuple[bool, int]:
 def root(problem: Problem) -> Root:
     """Bounds what enters every nonlinear operation by CROWN, intersected with intervals."""
     graph, regions = traced(problem), regions_of(problem)
-    entered, known = _crown_entries(graph, regions, MAX_BYTES)
+    relaxed, known = walk(graph, regions)
     suffix, _ = propagation.affine_suffix(graph, output(graph))
     nodes = {output(graph)}.union(*(op.outputs for op in suffix))
     ends = [jnp.abs(end).max() for node in nodes for end in known.intervals[node]]
-    return Root(list(entered.values()), jnp.stack(ends).max())
+    return Root(list(relaxed.entered.values()), jnp.stack(ends).max())
 
 
 def relax(problem: Problem, whole: Root, domains: Subdomains, *, split: Split) -> Relaxed:
@@ -185,7 +184,7 @@ def _relax_one(
         return entered[op]
 
     if split == "input":
-        entered, _ = _crown_entries(graph, over(regions, boxes), max_bytes)
+        entered = walk(graph, over(regions, boxes), max_bytes=max_bytes)[0].entered
     else:
         propagation.propagate(graph, regions, enter)
     entries = [
@@ -202,32 +201,6 @@ def _cut(bounds: Interval, signs: Array) -> Interval:
         jnp.where(signs > 0, jnp.maximum(bounds.lower, 0.0), bounds.lower),
         jnp.where(signs < 0, jnp.minimum(bounds.upper, 0.0), bounds.upper),
     )
-
-
-def _crown_entries(
-    graph: Graph, regions: Sequence[Region], max_bytes: float
-) -> tuple[dict[Op, list[Interval]], propagation.Known]:
-    """Walks through a graph as `crown` does, and returns the bounds with which nonlinear operations are entered."""
-    sets = dict(zip(graph.inputs, regions, strict=True))
-    entered: dict[Op, list[Interval]] = {}
-    lines: dict[Op, Lines] = {}
-
-    def bound(op: Op, node: Node, known: propagation.Known) -> Interval:
-        suffix, ends = propagation.affine_suffix(graph, node)
-        interval, is_box = known.intervals[node], all(sets[end].norm == "linf" for end in ends if end in sets)
-        if is_box and ends <= sets.keys() and sum(other.is_mixing for other in suffix) <= 1:
-            return interval  # one layer over a box: that is exact already
-        # Of an l2 or l1 ball the interval knows no more than a box around it.
-        is_needed = relaxations.is_unstable(interval) if is_box and op.name == PIECEWISE_LINEAR else None
-        return two_sided(graph, node, lines, sets, known.centers, chunks=Chunks(max_bytes, interval, is_needed))
-
-    def enter(op: Op, known: propagation.Known) -> list[Interval]:
-        entered[op] = [bound(op, node, known) for node in op.nodes]
-        lines[op] = relaxations.relax(op, entered[op], relaxations.adaptive)
-        return entered[op]
-
-    known = propagation.propagate(graph, regions, enter)
-    return entered, known
 
 
 def _flat(layers: Sequence[Array]) -> Array:
