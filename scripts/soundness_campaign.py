@@ -105,7 +105,7 @@ def violations(entry):
     for method, verdict in entry.get("methods", {}).items():
         if verdict["excess"] > rf.ROUNDING:
             found.append(f"VIOLATION of {method} by {verdict['excess']:.1e}")
-        if verdict["is_finite"] and not verdict["is_inside_ibp"]:
+        if verdict["is_finite"] and not verdict["is_ordered"]:
             found.append(f"VIOLATION: {method} is outside of IBP")
     return found
 
@@ -122,7 +122,7 @@ def summarize(entries):
             "points": sum(entry["points"] for entry, _ in verdicts),
             "not_finite": len(verdicts) - len(finite),
             "violations": sum(verdict["excess"] > rf.ROUNDING for _, verdict in verdicts),
-            "outside_ibp": sum(not verdict["is_inside_ibp"] for verdict in finite),
+            "outside_ibp": sum(not verdict["is_ordered"] for verdict in finite),
             "largest_excess": max(verdict["excess"] for _, verdict in verdicts),
             "median_width": statistics.median(verdict["width"] for verdict in finite),
         }
@@ -172,7 +172,7 @@ with: a third random, a third of the border (corners, vertices, spheres), a thir
 A violation is a point outside by more than {result['rounding']:.0e} of the scale `1 + max |f|`, which is what
 `bounds.certify` allows for rounding; such points are evaluated again in float64 before they count. Excess is in units
 of that scale, width in those of the range of values seen. Bounds that are not finite certify nothing and contradict
-nothing; they are counted, and listed below.
+nothing; they are counted, and listed below. Over boxes no method may be outside of IBP.
 
 | method | functions | points | violations | outside of IBP | largest excess | median width | not finite |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -113,7 +113,9 @@ NNX = {
     "LinearGeneral": linear_nnx(partial(nnx.LinearGeneral, (4, 2), (2,), axis=(-2, -1)), ROWS),
     "LoRA": linear_nnx(partial(nnx.LoRA, 4, 2, 3)),
     "LoRALinear": linear_nnx(partial(nnx.LoRALinear, 4, 3, lora_rank=2)),
-    "MultiHeadAttention": of_nnx(partial(nnx.MultiHeadAttention, 1, 2, 2, decode=False), SEQUENCE),
+    "MultiHeadAttention": of_nnx(
+        partial(nnx.MultiHeadAttention, 1, 2, 2, decode=False), SEQUENCE, call=lambda layer, x: layer(0.5 * x),
+    ),
     "PReLU": of_nnx(lambda rngs: nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.PReLU())),
     "RMSNorm": of_nnx(partial(nnx.RMSNorm, 4, epsilon=0.1)),
     "RNN": of_nnx(lambda rngs: nnx.RNN(nnx.SimpleCell(2, 2, rngs=rngs), reverse=True, keep_order=True), SEQUENCE),
