@@ -76,8 +76,8 @@ def certify_in_float64(
     """Certifies like `certify`, in float64 and with an allowance for rounding that is proved.
 
     The guarantee, for functions of affine operations, relu and its like, and maxima: where an example is certified,
-    every point of the ball, both with `eps` as given and as rounded to the dtype of `x`, is classified as the label
-    by the network that exact arithmetic makes of the given parameters. See `rounding.allowance` for what it assumes.
+    every point of the ball, with `eps` as given or as the dtype of `x` rounds it, is classified as the label by the
+    network that exact arithmetic makes of the given parameters. See `rounding.allowance` for what that assumes.
     Functions with other nonlinear operations, such as tanh or softmax, are computed in float64 as well, but there the
     allowance is only the one below.
 
@@ -104,12 +104,12 @@ def certify_in_float64(
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((logits_fn, x, labels, ball))):
         raise ValueError("certify_in_float64 runs on the host: call it outside of jit, with the same arguments.")
-    narrow = ball.region(x)
+    narrow, logits_fn = ball.region(x), as_partial(logits_fn)
+    check_labels(labels, x, jax.eval_shape(logits_fn, x).shape[1])
     with rounding.double_precision():
-        region = _hull(rounding.doubled(narrow), _widened(*rounding.doubled((ball, x))))
-        logits_fn = rounding.doubled(as_partial(logits_fn))
-        # To the host: JAX refuses float64 outside of this context.
-        return jax.device_get(_compiled_verdict(logits_fn, region, labels, method, is_proof=True))
+        region = _hull(*rounding.doubled((narrow, ball)))
+        found = _compiled_verdict(rounding.doubled(logits_fn), region, labels, method, is_proof=True)
+        return jax.device_get(found)  # JAX warns of float64 arrays outside of this context
 
 
 def _verdict(
@@ -143,13 +143,10 @@ def _is_region(region: Region) -> Array:
     return is_around.reshape(is_around.shape[0], -1).all(axis=1)
 
 
-def _widened(ball: Ball, x: Array) -> Region:
-    radius = ball.radius(x)
-    return dataclasses.replace(ball, eps=radius + _WIDER * (radius + jnp.abs(x))).region(x)
-
-
-def _hull(first: Region, second: Region) -> Region:
+def _hull(rounded: Region, ball: Ball) -> Region:
+    """Encloses the region as it was rounded, and the ball with its own radius and with the rounded one."""
+    radius = jnp.maximum(rounded.radius, ball.radius(rounded.center))
+    wide = dataclasses.replace(ball, eps=radius + _WIDER * (radius + jnp.abs(rounded.center))).region(rounded.center)
     return dataclasses.replace(
-        first, radius=jnp.maximum(first.radius, second.radius), lower=jnp.minimum(first.lower, second.lower),
-        upper=jnp.maximum(first.upper, second.upper),
+        wide, lower=jnp.minimum(rounded.lower, wide.lower), upper=jnp.maximum(rounded.upper, wide.upper)
     )

@@ -167,9 +167,8 @@ def _confirm(
     for start in range(0, len(rows), batch_size):
         taken = rows[start : start + batch_size]
         filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
-        proof = bounds.certify_in_float64(
-            logits_fn, x[filled], jnp.asarray(labels[filled]), ball=ball, method=method
-        )
+        given = jnp.asarray(labels[filled])
+        proof = bounds.certify_in_float64(logits_fn, x[filled], given, ball=ball, method=method)
         kept[taken] = np.asarray(proof.certified)[: len(taken)]
         report("confirm", start + len(taken), len(rows))
     return kept

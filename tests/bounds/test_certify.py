@@ -116,6 +116,90 @@ def test_one_bad_example_spoils_no_other(trained):
     np.testing.assert_array_equal(certify(x.at[3].set(jnp.nan)), expected.at[3].set(False))
 
 
+def certified(model, x, ball, method):
+    """Gives the verdict under jit, where no argument is checked."""
+    certify = partial(bounds.certify, model, labels=jnp.zeros(len(x), int), method=METHODS[method])
+    return jax.jit(lambda x, ball: certify(x, ball=ball).certified)(x, ball)
+
+
+@each_method
+@pytest.mark.parametrize("norm", EPS)
+def test_an_empty_region_is_never_certified(method, norm):
+    # Under jit nothing raises. The margin is positive everywhere, so that only the region can be at fault.
+    model, x = linear(10.0), jnp.full((3, 2), 0.5)
+    assert certified(model, x, Ball(norm, 0.1), method).all()
+    assert certified(model, x, Ball(norm, 0.0), method).all()
+    outside = x.at[1, 0].set(1.5).at[2, 1].set(-0.01)
+    np.testing.assert_array_equal(certified(model, outside, Ball(norm, 0.1), method), [True, False, False])
+    for eps in (-0.1, jnp.nan, -jnp.inf):
+        per_example = jnp.array([0.1, eps, 0.1])
+        np.testing.assert_array_equal(certified(model, x, Ball(norm, per_example), method), [True, False, True])
+    assert not certified(model, x, Ball(norm, 0.1, 0.6, 0.4), method).any()
+    assert not certified(model, x, Ball(norm, jnp.inf, -jnp.inf, jnp.inf), method).any()
+    assert not certified(model, x, Ball(norm, 0.1, jnp.nan, 1.0), method).any()
+
+
+def columns(first, x):
+    return jnp.concatenate([first, jnp.zeros_like(x[:, :1])], axis=1)
+
+
+@each_method
+@pytest.mark.parametrize("model", [
+    lambda x: columns(5.0 + 0.0 * jnp.log(x[:, :1] - 0.45), x),
+    lambda x: columns(5.0 + jnp.maximum(jnp.log(x[:, :1] - 0.45), 0.0), x),
+    lambda x: columns(5.0 + 0.0 * jnp.sqrt(x[:, :1] - 0.45), x),
+    lambda x: columns(5.0 + 0.0 / (x[:, :1] - 0.5), x),
+    lambda x: columns(5.0 + jnp.inf * (x[:, :1] - 0.5), x),
+    lambda x: columns(jnp.full_like(x[:, :1], jnp.inf), x),
+    # At most points no number is compared, at a few between 0.45 and 0.46 the margin is negative.
+    lambda x: columns(jnp.where(jnp.log(x[:, :1] - 0.45) < -5.0, -1.0, 1.0), x),
+    lambda x: columns(jnp.where(-jnp.log(x[:, :1] - 0.45) > 5.0, -1.0, 1.0), x),
+])
+def test_a_model_that_is_no_number_somewhere_is_not_certified(model, method):
+    x, ball = jnp.full((1, 1), 0.5), Ball("linf", 0.4)
+    assert not certified(model, x, ball, method).any()
+    found = bounds.certify_in_float64(model, x, jnp.zeros(1, int), ball=ball, method=METHODS[method])
+    assert not found.certified.any()
+
+
+@each_method
+def test_float64_confirms_and_is_float64(trained, method):
+    model, x, labels = trained
+    ball = Ball("linf", 0.06)
+    quick = bounds.certify(model, x, labels, ball=ball, method=METHODS[method])
+    found = bounds.certify_in_float64(model, x, labels, ball=ball, method=METHODS[method])
+    assert found.margins_lower.dtype == np.float64
+    np.testing.assert_allclose(found.margins_lower, quick.margins_lower, atol=1e-4)
+    np.testing.assert_allclose(found.slack, quick.slack, rtol=1e-4)
+    np.testing.assert_array_equal(found.certified, quick.certified)
+    assert jnp.zeros(1).dtype == jnp.float32  # the context is left
+
+
+def test_float64_bounds_the_region_as_given_and_as_rounded():
+    # The margin is 1 up to an edge and falls steeply beyond. Float32 rounds 0.1 up, by 1.5e-9, and 0.7 down, and it
+    # rounds the ends of the region, by up to 6e-8.
+    def margin(edge):
+        return lambda x: columns(1.0 - 2.0**32 * jax.nn.relu(x[:, :1] - 0.5 - edge), x)
+
+    x, labels = jnp.full((1, 1), 0.5), jnp.zeros(1, int)
+    for eps in (0.1, 0.2, 0.7, 0.3):
+        ball = Ball("linf", eps, -1.0, 2.0)
+        ends = eps, float(np.float32(eps)), float(np.float32(0.5) + np.float32(eps)) - 0.5
+        for edge, is_robust in ((max(ends) - 1e-9, False), (max(ends) + 1e-12, True)):
+            found = bounds.certify_in_float64(margin(edge), x, labels, ball=ball, method=bounds.ibp)
+            assert found.certified[0] == is_robust, (eps, edge)
+
+
+def test_float64_is_for_the_host(trained):
+    model, x, labels = trained
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda x: bounds.certify_in_float64(model, x, labels, ball=Ball("linf", 0.1)).certified)(x)
+    with pytest.raises(ValueError, match="outside the box"):
+        bounds.certify_in_float64(model, x + 1.0, labels, ball=Ball("linf", 0.1))
+    with pytest.raises(ValueError, match="4 classes"):
+        bounds.certify_in_float64(model, x, labels + 4, ball=Ball("linf", 0.1))
+
+
 @each_method
 def test_everything_runs_at_the_highest_precision(method):
     model = Partial(conv_net, (weights(3, 3, 1, 2), weights(3, 3, 2, 2), weights(8, 3)))
