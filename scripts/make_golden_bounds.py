@@ -13,8 +13,8 @@ relu; smooth, with tanh and sigmoid; attention, one head over four tokens with a
     <region>.<method>.<lower|upper>_grad [4, ...]: gradient of the bound's sum with respect to x
 
 where region is linf, l2 (no box) or linf_box (the ball clipped to [0, 1], gradients through the clipping) and method is
-IBP, forward, CROWN-IBP or CROWN with the adaptive lower slope of relu; residual has CROWN-IBP.same-slope and
-CROWN.same-slope as well. `forward` propagates linear bounds forward and nothing else.
+IBP, forward.adaptive, CROWN-IBP.adaptive or CROWN.adaptive, after the lower slope of relu; residual has
+CROWN-IBP.same-slope and CROWN.same-slope as well. `forward` propagates linear bounds forward and nothing else.
 
 Choices that matter: everything is computed in float64 from float32 weights and rounded at the end. The first
 convolution has no padding, because auto_LiRPA's interval rule under l2 takes the norm of the whole kernel at the border

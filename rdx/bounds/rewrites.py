@@ -15,7 +15,7 @@ from rdx.types import Array
 # A softmax adds up so many exponentials at once.
 _MANY = 8
 # Takes the place of -inf in padding: no maximum, and 0 times it is 0.
-_LOWEST = -1e30
+LOWEST = -1e30
 _SHAPING = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
 
 
@@ -143,11 +143,10 @@ def softmax(x: Array, others: Array, *, axes: tuple[int, ...], is_log: bool) -> 
     return _restore(jax.nn.log_sigmoid(distance) if is_log else lax.logistic(distance), axes, x.shape)
 
 
-def logsumexp(x: Array, top: Array, *weights: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Computes the log of a sum of exponentials, which may have weights, shifted by constants that do not matter."""
+def logsumexp(x: Array, top: Array, *, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Computes the log of a sum of exponentials, shifted by constants that do not matter, in the given shape."""
     top = top.max(axis=axes, keepdims=True)
-    total = math.prod(weights, start=jnp.exp(x - top)).sum(axis=axes, keepdims=True)
-    return (jnp.log(total) + top).reshape(shape)
+    return (jnp.log(jnp.exp(x - top).sum(axis=axes, keepdims=True)) + top).reshape(shape)
 
 
 def blocks(num: int) -> tuple[range, range, range]:
@@ -162,10 +161,20 @@ def rotations(x: Array, *, shifts: Sequence[int]) -> list[Array]:
     return [jnp.roll(x, -shift, axis=-1) if shift else x for shift in shifts]
 
 
-def hide(x: Array, weights: Array, *, axes: tuple[int, ...]) -> Array:
-    """Replaces values of weight 0 by a number whose exponential is 0, or by NaN where there are no others."""
-    lowest = jnp.where((weights == 0.0).all(axis=axes, keepdims=True), jnp.nan, jnp.asarray(_LOWEST, x.dtype))
-    return jnp.where(weights > 0.0, x, jnp.broadcast_to(lowest, x.shape))
+def hide(x: Array, masked: Array, *, axes: tuple[int, ...], is_relative: bool) -> Array:
+    """Replaces what a mask makes lower than any number by numbers that float32 can still add up.
+
+    Args:
+        x: what an exponential is taken of.
+        masked: what the mask makes of 0.
+        axes: along which exponentials are added up; where the mask leaves nothing, values stay as they are.
+        is_relative: whether only differences matter; the lowest finite numbers are something to be left, then.
+    """
+    is_low, is_infinite = masked <= LOWEST, masked == -jnp.inf
+    is_lost = (is_infinite if is_relative else is_low).all(axis=axes, keepdims=True)
+    x = jnp.where(is_low & ~is_lost, jnp.where(is_infinite, 2.0 * LOWEST, LOWEST).astype(x.dtype), x)
+    # Infinity less infinity: there a softmax is none.
+    return jnp.where(masked == jnp.inf, jnp.nan, x)
 
 
 def without_infinity(x: Array, masked: Array, *, axes: tuple[int, ...]) -> Array:
@@ -200,7 +209,7 @@ def windows(
     """Lists what lies at each place of a sliding window, for all windows at once, as it is or with the other sign."""
     x = x if sign > 0 else -x
     config = [(low, high, dilation - 1) for (low, high), dilation in zip(padding, base_dilation, strict=True)]
-    x = lax.pad(x, jnp.asarray(_LOWEST, x.dtype), config)
+    x = lax.pad(x, jnp.asarray(LOWEST, x.dtype), config)
     reach = [(size - 1) * step for size, step in zip(window_dimensions, window_dilation, strict=True)]
     parts = []
     for place in np.ndindex(*window_dimensions):

@@ -181,17 +181,16 @@ class _Tracer:
         return [self.parts.get(value) if isinstance(value, Node) else None for value in inputs]
 
     def softmax(self, whole: rewrites.Whole, call: "_Call") -> Value:
-        """Writes the functions of a softmax; what constants set to minus infinity is left out of them."""
+        """Writes the functions of a softmax; what constants hide is left out of them."""
         x, axes, source = whole.node, whole.axes, call.source
-        is_log, weights = whole.kind == "log_softmax", []
+        is_log, is_relative = whole.kind == "log_softmax", whole.kind == "softmax"
         masked = None if is_log else self.infinities(x)
         if masked is not None:
-            weights = self.execute(lambda m: ((m != -jnp.inf).astype(m.dtype),), [masked])
-            x = self.apply(functools.partial(rewrites.hide, axes=axes), [x, *weights], source)
+            x = self.apply(functools.partial(rewrites.hide, axes=axes, is_relative=is_relative), [x, masked], source)
         if whole.kind == "logsumexp":
             assert isinstance(x, Node)
             function = functools.partial(rewrites.logsumexp, axes=axes, shape=call.shape)
-            return self.apply(function, [x, self.sample(x), *weights], source)
+            return self.apply(function, [x, self.sample(x)], source)
         rows = self.apply(functools.partial(rewrites.rows, axes=axes), [x], source)
         if rows.shape[-1] == 1:
             return jnp.full(call.shape, 0.0 if is_log else 1.0, rows.dtype)
@@ -213,12 +212,12 @@ class _Tracer:
         return self.emit(name, fn, tuple(values), source) if len(values) > 1 else values[0]
 
     def infinities(self, x: Node) -> Array | None:
-        """Finds where constants set a value to infinity: those are the infinite elements of what is returned."""
+        """Finds where constants set a value to infinity, or nearly so: what they make of 0, None if they do not."""
         op = next((op for op in self.ops if x in op.outputs), None)
         if op is None or op.name not in _MASKS or not op.is_affine:
             return None
         constants = [value for value in op.inputs if not isinstance(value, Node)]
-        if not any(np.isinf(np.asarray(value)).any() for value in constants if not isinstance(value, Tracer)):
+        if not any((np.abs(value) >= -rewrites.LOWEST).any() for value in constants if not isinstance(value, Tracer)):
             return None
 
         def at_zero(*constants: Array) -> tuple[Array, ...]:

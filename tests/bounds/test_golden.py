@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "golden"
 REGIONS = ("linf", "l2", "linf_box")
 METHODS = {
     "IBP": bounds.ibp,
+    "forward.adaptive": bounds.forward,
     "CROWN-IBP.adaptive": bounds.crown_ibp,
     "CROWN-IBP.same-slope": partial(bounds.crown_ibp, relu_lower=relaxations.same_slope),
     "CROWN.adaptive": bounds.crown,
