@@ -93,8 +93,8 @@ def certify_in_float64(
         x: clean inputs, shape `[B, ...]`.
         labels: shape `[B]`, int.
         ball: the threat.
-        method: `ibp`, `crown_ibp` or `crown`, or any function of that signature; its own options void the proof where
-            they let hidden bounds be wider than intervals.
+        method: `ibp`, `crown_ibp` or `crown` with their default options, which the proof is for; any other function of
+            that signature is computed in float64 as well.
 
     Returns:
         The certificate, as NumPy arrays, in float64.
