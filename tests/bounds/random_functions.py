@@ -23,6 +23,8 @@ from rdx.balls import Ball
 from rdx.bounds import graph, tracing
 
 CASES = CASES_OF_OPERATIONS | CASES_OF_LAYERS
+# What every function is bounded with.
+ALL_METHODS = METHODS | {"forward": bounds.forward}
 # Slopes are chosen for piecewise-linear functions only: there one of these rules is tried, and at times alpha-CROWN.
 RULES = (bounds.relaxations.same_slope, bounds.relaxations.zero_slope, bounds.relaxations.one_slope)
 BATCH, VARIANTS = 4, 3
@@ -143,7 +145,7 @@ def structure(number):
 
     weights = _weights(random, shapes)
     ops = tracing.trace(partial(apply, weights), jnp.zeros((1, *case.shape))).ops
-    methods = dict(METHODS)
+    methods = dict(ALL_METHODS)
     if any(op.name == graph.PIECEWISE_LINEAR for op in ops):
         rule = RULES[random.integers(len(RULES))]
         methods[f"crown_ibp {rule.__name__}"] = partial(bounds.crown_ibp, relu_lower=rule)
