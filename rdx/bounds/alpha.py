@@ -20,7 +20,7 @@ from jax import lax
 
 from rdx.bounds import relaxations
 from rdx.bounds.chunks import any_example
-from rdx.bounds.crown import MAX_BYTES, layer_by_layer
+from rdx.bounds.crown import default_max_bytes, layer_by_layer
 from rdx.bounds.graph import PIECEWISE_LINEAR, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.linear import SlopeChoice
@@ -36,7 +36,7 @@ _SHARE_OF_MEMORY = 0.25
 def alpha_crown(
     fn: Callable[..., Array], region: PyTree, *args: PyTree, num_steps: int = 20, hidden_steps: int = 10,
     learning_rate: float = 0.5, is_shared: bool = False, stop_above: float = jnp.inf,
-    max_bytes: float = MAX_BYTES,
+    max_bytes: float | None = None,
 ) -> Interval:
     """Bounds `fn` by backward substitution with optimised lower slopes, intersected with intervals in every layer.
 
@@ -54,7 +54,8 @@ def alpha_crown(
         learning_rate: Adam's first step size; slopes lie in [0, 1].
         is_shared: one slope for each neuron, rather than one for each neuron and bound: less memory, looser bounds.
         stop_above: the ascent of the output's bounds ends once all lower ones exceed this; 0 for certificates.
-        max_bytes: about how much memory coefficients and slopes may take; they are computed in chunks.
+        max_bytes: about how much memory coefficients and slopes may take; they are computed in chunks. See `crown`
+            for the default.
 
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.
@@ -67,7 +68,7 @@ def alpha_crown(
         fn, region, *args,
         optimise_hidden=functools.partial(ascend, num_steps=hidden_steps, stop_above=jnp.inf),
         optimise_output=functools.partial(ascend, num_steps=num_steps, stop_above=stop_above),
-        max_bytes=_SHARE_OF_MEMORY * max_bytes,
+        max_bytes=_SHARE_OF_MEMORY * (default_max_bytes() if max_bytes is None else max_bytes),
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -56,13 +57,15 @@ def two_sided(
     that no example of a batch needs are left out; what an example is told never depends on the others.
     """
     references = linear.reference_points(graph, sets, centers)
-    reference = references[node].reshape(-1)
-    begin = _beginning(graph, node, references)
+    reference, axes = references[node].reshape(-1), patches.image_axes(graph, node)
+    begin = _beginning(graph, node, axes, references)
     # Rows that depend on nothing but shared values are not batched, and must not wait for it either.
     has_shared = any(isinstance(over, Region) and over.is_shared for over in sets.values())
 
-    def bound(indices: Array, *, are_own: bool = False, observe: Callable[[int], object] = id) -> Interval:
-        objective, middle = begin(indices), reference[indices]
+    def bound(
+        indices: Array, *, group: int, are_own: bool = False, observe: Callable[[int], object] = id
+    ) -> Interval:
+        objective, middle = begin(indices, group), reference[indices]
 
         def total(sign: float) -> Array:
             signed = {end: dataclasses.replace(rows, values=sign * rows.values) for end, rows in objective.items()}
@@ -79,24 +82,25 @@ def two_sided(
         # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
         return Interval(total(1.0), -total(-1.0))
 
-    found = _by_chunks(bound, reference.size, reference.dtype.itemsize, chunks)
+    found = _by_chunks(bound, patches.by_place(node, axes), reference.dtype.itemsize, chunks)
     return Interval(*(end.reshape(node.shape) for end in found))
 
 
-def _beginning(graph: Graph, node: Node, references: Mapping[Node, Array]) -> Callable[[Array], dict[Node, Rows]]:
-    """Makes the function that builds a row for each of some elements of a node, given by their indices.
+def _beginning(
+    graph: Graph, node: Node, axes: tuple[int, ...] | None, references: Mapping[Node, Array]
+) -> Callable[[Array, int], dict[Node, Rows]]:
+    """Makes the function that builds a row for each of some elements of a node, given by their indices in groups.
 
     Dense rows go back to the last nonlinear operations at once, for all elements: that is the same for all examples.
     """
-    axes = patches.image_axes(graph, node)
     if axes is not None:
-        return lambda indices: {node: patches.units(node, axes, indices)}
+        return lambda indices, group: {node: patches.units(node, axes, indices, group)}
     size = math.prod(node.shape)
     unit = Rows(jnp.eye(size, dtype=node.dtype).reshape(-1, *node.shape))
     bent = {output for op in graph.ops if not op.is_affine for output in op.outputs}
     coefficients, _ = linear.substitute(graph, {node: unit}, {}, bent, references)
 
-    def begin(indices: Array) -> dict[Node, Rows]:
+    def begin(indices: Array, _: int) -> dict[Node, Rows]:
         if len(indices) == size:
             return coefficients
         return {end: rows.take(indices) for end, rows in coefficients.items()}
@@ -104,49 +108,66 @@ def _beginning(graph: Graph, node: Node, references: Mapping[Node, Array]) -> Ca
     return begin
 
 
-def _by_chunks(bound: Callable[..., Interval], size: int, itemsize: int, chunks: Chunks) -> Interval:
+def _by_chunks(bound: Callable[..., Interval], elements: np.ndarray, itemsize: int, chunks: Chunks) -> Interval:
     """Runs `bound(indices) -> Interval` over all elements, in as many steps as the memory asks for."""
     known = None if chunks.known is None else Interval(*(end.reshape(-1) for end in chunks.known))
-    count = min(size, _chunk_size(bound, itemsize, chunks.max_bytes))
-    if count == size:
-        found = bound(jnp.arange(size))
-        if known is None:
-            return found
-        tight = found.intersect(known)
-        return tight if chunks.is_needed is None else _kept(tight, known, chunks.is_needed.reshape(-1))
-    is_needed = jnp.ones(size, bool) if chunks.is_needed is None else lax.stop_gradient(chunks.is_needed.reshape(-1))
-    are_own = chunks.is_needed is not None
-    order = jnp.argsort(~is_needed, stable=True) if are_own else jnp.arange(size)
-    # The last chunk is filled up with an element that nobody needs a second time.
-    padding = -size % count
-    order = jnp.pad(order, (0, padding))
-    wanted = jnp.pad(is_needed[order[:size]], (0, padding))
+    is_needed = None if chunks.is_needed is None else lax.stop_gradient(chunks.is_needed.reshape(-1))
+    group = patches.group_size(elements.shape[1])
+    num_groups = elements.size // group
+    num_chunks = -(-num_groups // _chunk_size(bound, group, itemsize, chunks.max_bytes))
+    if num_chunks == 1:
+        found = _in_order(bound(elements.reshape(-1), group=elements.shape[1]), elements)
+        tight = found if known is None else found.intersect(known)
+        return tight if known is None or is_needed is None else _kept(tight, known, is_needed)
+    groups = elements.reshape(-1, group) if is_needed is None else _needed_first(elements, is_needed, group)
+    # The last chunk is filled up with groups that nobody needs a second time.
+    filled = jnp.pad(groups, ((0, -num_groups % num_chunks), (0, 0))).reshape(num_chunks, -1)
+    is_copy = (np.arange(filled.size) >= elements.size).reshape(filled.shape)
+    are_own = is_needed is not None
 
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Interval]:
-        indices, wanted = chunk
+        indices, is_copy = chunk
         if known is None:
-            return None, bound(indices, are_own=are_own)
+            return None, bound(indices, group=group, are_own=are_own)
+        wanted = ~is_copy if is_needed is None else ~is_copy & is_needed[indices]
         here = Interval(*(end[indices] for end in known))
 
         def tightened() -> Interval:
-            return _kept(bound(indices, are_own=are_own).intersect(here), here, wanted)
+            return _kept(bound(indices, group=group, are_own=are_own).intersect(here), here, wanted)
 
         return None, lax.cond(any_example(wanted.any()), tightened, lambda: here)
 
-    _, found = lax.scan(step, None, (order.reshape(-1, count), wanted.reshape(-1, count)))
-    place = jnp.zeros(size, order.dtype).at[order[:size]].set(jnp.arange(size))
-    return Interval(*(end.reshape(-1)[:size][place] for end in found))
+    _, found = lax.scan(step, None, (filled, is_copy))
+    return _in_order(Interval(*(end.reshape(-1)[: elements.size] for end in found)), groups)
+
+
+def _needed_first(elements: np.ndarray, is_needed: Array, group: int) -> Array:
+    """Divides the elements at each place into groups, such that few hold any that are needed; those come first."""
+    order = jnp.argsort(~is_needed[elements], axis=1, stable=True)
+    groups = jnp.take_along_axis(jnp.asarray(elements), order, axis=1).reshape(-1, group)
+    return groups[jnp.argsort(~is_needed[groups].any(axis=1), stable=True)]
+
+
+def _in_order(found: Interval, elements: np.ndarray | Array) -> Interval:
+    """Brings what was found out about elements into the order of their numbers."""
+    numbers = elements.reshape(-1)
+    if isinstance(numbers, np.ndarray) and (numbers == np.arange(numbers.size)).all():
+        return found
+    place = jnp.argsort(jnp.asarray(numbers))
+    return Interval(*(end[place] for end in found))
 
 
 def _kept(found: Interval, known: Interval, is_needed: Array) -> Interval:
     return Interval(*(jnp.where(is_needed, new, old) for new, old in zip(found, known, strict=True)))
 
 
-def _chunk_size(bound: Callable[..., Interval], itemsize: int, max_bytes: float) -> int:
+def _chunk_size(bound: Callable[..., Interval], group: int, itemsize: int, max_bytes: float) -> int:
+    """Counts the groups that fit into the memory, at least one."""
     if max_bytes == math.inf:
         return sys.maxsize
     sizes: list[int] = []
-    jax.eval_shape(functools.partial(bound, observe=sizes.append), jax.ShapeDtypeStruct((1,), jnp.int32))
+    run = functools.partial(bound, group=group, observe=sizes.append)
+    jax.eval_shape(run, jax.ShapeDtypeStruct((group,), jnp.int32))
     return max(1, int(max_bytes / (_NUM_COPIES * itemsize * max(sizes, default=1))))
 
 

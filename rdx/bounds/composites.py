@@ -1,5 +1,6 @@
 """Elementwise functions of one value, such as `x * logistic(x)`: many operations of the user's, one of ours."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def fuse(graph: Graph, has_rule: Callable[[Op], bool]) -> Graph:
             if _is_better_whole(op, parts, has_rule=op.is_affine or has_rule(op)):
                 op = composite(root, graph.ops[: i + 1])
         ops.append(op)
-    return Graph(graph.inputs, tuple(reachable(ops, graph.output)), graph.output)
+    return dataclasses.replace(graph, ops=tuple(reachable(ops, graph.output, *graph.assumed)))
 
 
 def composite(root: Node, ops: Sequence[Op]) -> Op:

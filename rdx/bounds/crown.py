@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+import jax
+
 from rdx.balls import Region
 from rdx.bounds import propagation, relaxations
 from rdx.bounds.chunks import Chunks, Optimise, two_sided
@@ -11,8 +13,6 @@ from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import SlopeFn
 from rdx.types import Array, PyTree
 
-# What the coefficients of hidden layers may take by default. More would not be faster on CPUs, whose caches it leaves.
-MAX_BYTES = 2.0**28
 # (slope choice -> lower bounds, bounds with which operations are entered) -> lower bounds of the best choice.
 OptimiseOver: TypeAlias = Callable[[Callable[..., Array], Mapping[Op, Sequence[Interval]]], Array]
 
@@ -52,7 +52,7 @@ def crown_ibp(
 
 def crown(
     fn: Callable[..., Array], region: PyTree, *args: PyTree, relu_lower: SlopeFn = relaxations.adaptive,
-    intersect: bool = True, max_bytes: float = MAX_BYTES,
+    intersect: bool = True, max_bytes: float | None = None,
 ) -> Interval:
     """Bounds `fn` by backward substitution, with hidden bounds that come from backward substitution as well.
 
@@ -68,7 +68,8 @@ def crown(
         relu_lower: choice of the lower slope of unstable relus, such as `relaxations.adaptive` or `same_slope`.
         intersect: intersect the bounds of every layer with intervals, and bound only those relus by substitution that
             intervals leave undecided; without it this is CROWN to the letter.
-        max_bytes: about how much memory the coefficients of hidden layers may take; they are computed in chunks.
+        max_bytes: about how much memory the coefficients of hidden layers may take; they are computed in chunks. By
+            default as much as fits into the caches of a CPU, whom more would slow down, and 1 GiB elsewhere.
 
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.
@@ -81,7 +82,7 @@ def crown(
 
 def layer_by_layer(
     fn: Callable[..., Array], region: PyTree, *args: PyTree, relu_lower: SlopeFn = relaxations.adaptive,
-    intersect: bool = True, max_bytes: float = MAX_BYTES, optimise_hidden: OptimiseOver | None = None,
+    intersect: bool = True, max_bytes: float | None = None, optimise_hidden: OptimiseOver | None = None,
     optimise_output: OptimiseOver | None = None,
 ) -> Interval:
     """Bounds `fn` by substitution from every layer, with slopes that may be optimised; see `crown` and `alpha_crown`.
@@ -100,11 +101,11 @@ def layer_by_layer(
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.
     """
-    batch = propagation.batch_size(region, *args)
+    batch, budget = propagation.batch_size(region, *args), default_max_bytes() if max_bytes is None else max_bytes
 
     def bound(graph: Graph, regions: Sequence[Region]) -> Interval:
         relaxed, known = walk(
-            graph, regions, relu_lower=relu_lower, intersect=intersect, max_bytes=max_bytes / batch,
+            graph, regions, relu_lower=relu_lower, intersect=intersect, max_bytes=budget / batch,
             optimise=optimise_hidden,
         )
         return _output(graph, known, regions, relaxed, intersect=intersect, optimise=relaxed.over(optimise_output))
@@ -114,7 +115,7 @@ def layer_by_layer(
 
 def walk(
     graph: Graph, regions: Sequence[Region], *, relu_lower: SlopeFn = relaxations.adaptive, intersect: bool = True,
-    max_bytes: float = MAX_BYTES, optimise: OptimiseOver | None = None,
+    max_bytes: float | None = None, optimise: OptimiseOver | None = None,
 ) -> tuple["Relaxed", propagation.Known]:
     """Bounds what enters every nonlinear operation by substitution; see `layer_by_layer`.
 
@@ -125,18 +126,27 @@ def walk(
 
     def substitute(op: Op, node: Node, known: propagation.Known) -> Interval:
         suffix, ends = propagation.affine_suffix(graph, node)
-        interval, is_box = known.intervals[node], all(sets[n].norm == "linf" for n in ends if n in sets)
-        if is_box and ends <= sets.keys() and sum(op.is_mixing for op in suffix) <= 1:
-            return interval  # one layer over a box: that is exact already
-        chunks = Chunks(max_bytes)
-        if intersect:
-            # Of an l2 or l1 ball the interval knows no more than a box around it.
+        is_box, is_first = all(sets[n].norm == "linf" for n in ends if n in sets), ends <= sets.keys()
+        if is_box and is_first and sum(op.is_mixing for op in suffix) <= 1:
+            return known.intervals[node]  # one layer over a box: that is exact already
+        chunks = Chunks(default_max_bytes() if max_bytes is None else max_bytes)
+        if intersect and is_first:
+            # Substitution is exact here. Of an l2 or l1 ball the interval knows no more than a box around it.
+            interval = known.intervals[node]
             chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval) if is_box else None)
+        elif intersect:
+            interval = propagation.by_intervals(graph, node, known, regions)
+            chunks = chunks._replace(known=interval, is_needed=_is_needed(op, interval))
         over = relaxed.over(optimise)
         return two_sided(graph, node, relaxed.lines, sets, known.centers, chunks=chunks, optimise=over)
 
     relaxed = Relaxed(lambda op, known: [substitute(op, node, known) for node in op.nodes], relu_lower)
     return relaxed, propagation.propagate(graph, regions, relaxed.enter)
+
+
+def default_max_bytes() -> float:
+    """Gives what the coefficients of hidden layers may take if nobody says otherwise."""
+    return 2.0**24 if jax.default_backend() == "cpu" else 2.0**30
 
 
 def _is_needed(op: Op, interval: Interval) -> Array | None:

@@ -133,11 +133,23 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """A traced function: `ops` in order of execution, only those that the output depends on."""
+    """A traced function: `ops` in order of execution, only those that the output or an assumption depends on.
+
+    Attributes:
+        inputs: the perturbed inputs.
+        ops: the operations.
+        output: what the function returns.
+        assumed: nodes that tracing took to be finite numbers; where they are not, the graph is another function.
+    """
 
     inputs: tuple[Node, ...]
     ops: tuple[Op, ...]
     output: Value
+    assumed: tuple[Node, ...] = ()
+
+    def without_assumptions(self) -> "Graph":
+        """Leaves out what only assumptions depend on."""
+        return Graph(self.inputs, tuple(reachable(self.ops, self.output)), self.output)
 
     def producers(self) -> dict[Node, Op]:
         """Maps each node to the operation that defines it; inputs are absent."""
@@ -155,9 +167,9 @@ class Graph:
         return self.values(*inputs)[self.output] if isinstance(self.output, Node) else self.output
 
 
-def reachable(ops: Sequence[Op], output: Value) -> Iterator[Op]:
-    """Keeps the operations that an output depends on, in order."""
-    needed = {output} if isinstance(output, Node) else set()
+def reachable(ops: Sequence[Op], *outputs: Value) -> Iterator[Op]:
+    """Keeps the operations that outputs depend on, in order."""
+    needed = {output for output in outputs if isinstance(output, Node)}
     kept = []
     for op in reversed(ops):
         if needed.intersection(op.outputs):

@@ -22,15 +22,19 @@ from rdx.bounds.graph import Graph, Node, Op
 from rdx.types import Array
 
 _ELEMENTWISE = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p", "div", "mul", "neg", "sub"})
+# At most so many elements at one place form a group, if any of them may be left out.
+_LARGEST_GROUP = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Where the windows of some rows lie in an image: row `s` begins at `strides * places[s] + offsets`.
+    """Where the windows of some rows lie in an image: those of group `g` begin at `strides * places[g] + offsets`.
+
+    A group is elements at one place, as many for each; rows come group by group.
 
     Attributes:
-        places: places of the bounded elements in their own image, shape `[S, len(axes)]`, int32.
+        places: places of the groups of bounded elements in their own image, shape `[G, len(axes)]`, int32.
         axes: the image's spatial axes.
         counts: number of places along each axis.
         strides: how far the window moves along each axis when the place moves by one.
@@ -74,7 +78,7 @@ class Rows:
         def cut(place: Array) -> Array:
             return lax.dynamic_slice(array, _corner(window, place, starts, array.ndim), sizes)
 
-        return jax.vmap(cut)(window.places)
+        return jnp.repeat(jax.vmap(cut)(window.places), self._group_size(), axis=0)
 
     def scaled(self, factors: Array) -> "Rows":
         """Multiplies by factors that lie beside the rows, which are zero outside of the image."""
@@ -99,7 +103,7 @@ class Rows:
         def lay(values: Array, place: Array) -> Array:
             return lax.dynamic_update_slice(canvas, values, _corner(window, place, starts, canvas.ndim))
 
-        whole = jax.vmap(lay)(self.values, window.places)
+        whole = jax.vmap(lay)(self.values, jnp.repeat(window.places, self._group_size(), axis=0))
         return lax.pad(whole, jnp.zeros((), node.dtype), [(0, 0, 0), *((-low, -high, 0) for low, high in margins)])
 
     def plus(self, other: "Rows", node: Node) -> "Rows":
@@ -113,8 +117,13 @@ class Rows:
         return Rows(self._grown(begin, end) + other._grown(begin, end), window)
 
     def take(self, places: Array) -> "Rows":
-        """Picks rows by their index."""
-        return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0), self)
+        """Picks dense rows by their index."""
+        assert self.window is None
+        return Rows(jnp.take(self.values, places, axis=0))
+
+    def _group_size(self) -> int:
+        assert self.window is not None
+        return self.values.shape[0] // self.window.places.shape[0]
 
     def _ends(self) -> list[int]:
         assert self.window is not None
@@ -167,8 +176,34 @@ def image_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
     return None
 
 
-def units(node: Node, axes: tuple[int, ...], indices: Array) -> Rows:
-    """Makes a row for each of some elements of an image, numbered in C order: 1 there, on a window of one place."""
+def by_place(node: Node, axes: tuple[int, ...] | None) -> np.ndarray:
+    """Numbers elements in C order, and lists them place by place: shape `[places, elements at each]`.
+
+    Without spatial axes every element has a place of its own.
+    """
+    if axes is None:
+        return np.arange(math.prod(node.shape))[:, None]
+    numbers = np.moveaxis(np.arange(math.prod(node.shape)).reshape(node.shape), axes, range(len(axes)))
+    return numbers.reshape(math.prod(node.shape[axis] for axis in axes), -1)
+
+
+def group_size(num_elements: int) -> int:
+    """Finds into groups of how many to divide the elements at a place."""
+    return max(size for size in range(1, _LARGEST_GROUP + 1) if num_elements % size == 0)
+
+
+def units(node: Node, axes: tuple[int, ...], indices: Array, group: int) -> Rows:
+    """Makes a row for each of some elements of an image: 1 there, on a window of one place.
+
+    Args:
+        node: the image.
+        axes: its spatial axes.
+        indices: the elements, numbered in C order.
+        group: as many after each other are at the same place.
+
+    Returns:
+        The rows.
+    """
     spots = jnp.unravel_index(indices, node.shape)
     values = jnp.ones((len(indices), *(1,) * len(node.shape)), node.dtype)
     for axis, (spot, size) in enumerate(zip(spots, node.shape, strict=True)):
@@ -176,7 +211,7 @@ def units(node: Node, axes: tuple[int, ...], indices: Array) -> Rows:
             shape = [size if other == axis else 1 for other in range(len(node.shape))]
             values = values * jax.nn.one_hot(spot, size, dtype=node.dtype).reshape(-1, *shape)
     counts = tuple(node.shape[axis] for axis in axes)
-    places = jnp.stack([spots[axis] for axis in axes], axis=1).astype(jnp.int32)
+    places = jnp.stack([spots[axis][::group] for axis in axes], axis=1).astype(jnp.int32)
     return Rows(values, Window(places, axes, counts, (1,) * len(axes), (0,) * len(axes), is_clean=True))
 
 

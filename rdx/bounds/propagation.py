@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rdx.balls import Region
 from rdx.bounds import arithmetic, composites, relaxations, tracing
@@ -93,12 +94,13 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
         graph = tracing.trace(fn, structure.unflatten([region.center for region in regions]), *args)
         graph = composites.fuse(graph, relaxations.has_rule)
         relaxations.check(graph.ops)
+        is_defined, graph = is_as_assumed(graph, regions), graph.without_assumptions()
         if listener is not None:
             listener.record = Record(regions=regions)
         constant = Interval(graph.output, graph.output) if not isinstance(graph.output, Node) else None
         bounds = constant or method(graph, regions)
         noted = None if listener is None else listener.harvest(graph, listener.record, *extra)
-        return Interval(bounds.lower[0], bounds.upper[0]), noted
+        return Interval(*(jnp.where(is_defined, end[0], jnp.nan) for end in bounds)), noted
 
     axes = [None if region.is_shared else 0 for region in regions]
     run = jax.vmap(one, in_axes=(axes, 0, 0), axis_size=batch_size(region, *args))
@@ -106,6 +108,14 @@ def per_example(method: Callable[..., Interval], fn: Callable[..., Array], regio
     if listener is not None:
         listener.found = noted
     return bounds
+
+
+def is_as_assumed(graph: Graph, regions: Sequence[Region]) -> Array | bool:
+    """Tells whether intervals prove every node finite that tracing took to be finite."""
+    if not graph.assumed:
+        return True
+    known = propagate(graph, regions, interval_entry(graph, regions)).intervals
+    return jnp.stack([jnp.isfinite(end).all() for node in graph.assumed for end in known[node]]).all()
 
 
 def batch_size(region: PyTree, *args: PyTree) -> int:
@@ -155,16 +165,16 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
 
 
 def interval_entry(graph: Graph, regions: Sequence[Region]) -> Callable[[Op, Known], list[Interval]]:
-    """Builds the `enter` of plain IBP: intervals as they are, except where an l2 or l1 ball enters directly."""
-    curved = {node for node, region in zip(graph.inputs, regions, strict=True) if region.norm != "linf"}
+    """Builds the `enter` of plain IBP."""
+    return lambda op, known: [by_intervals(graph, node, known, regions) for node in op.nodes]
 
-    def bound(node: Node, known: Known) -> Interval:
-        _, ends = affine_suffix(graph, node)
-        if not ends & curved:
-            return known.intervals[node]
-        return two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
 
-    return lambda op, known: [bound(node, known) for node in op.nodes]
+def by_intervals(graph: Graph, node: Node, known: Known, regions: Sequence[Region]) -> Interval:
+    """Bounds a node by its interval, or by the dual norm of what leads to it where an l2 or l1 ball enters directly."""
+    _, ends = affine_suffix(graph, node)
+    if not any(region.norm != "linf" and root in ends for root, region in zip(graph.inputs, regions, strict=True)):
+        return known.intervals[node]
+    return two_sided(graph, node, {}, _ends(graph, known, regions), known.centers)
 
 
 def fused(graph: Graph, known: Known, regions: Sequence[Region]) -> Interval:

@@ -177,6 +177,11 @@ def hide(x: Array, masked: Array, *, axes: tuple[int, ...], is_relative: bool) -
     return jnp.where(masked == jnp.inf, jnp.nan, x)
 
 
+def clamp(low: Array, x: Array, high: Array) -> Array:
+    """Writes `clamp` as a minimum of a maximum."""
+    return jnp.minimum(jnp.maximum(x, low), high)
+
+
 def without_infinity(x: Array, masked: Array, *, axes: tuple[int, ...]) -> Array:
     """Replaces what is infinite in `masked` by the largest numbers, unless a maximum along `axes` is infinite."""
     is_infinite = jnp.isinf(masked)

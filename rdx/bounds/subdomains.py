@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from rdx.balls import Region
 from rdx.bounds import composites, propagation, relaxations, tracing
 from rdx.bounds.certify import ROUNDING
-from rdx.bounds.crown import MAX_BYTES, walk
+from rdx.bounds.crown import default_max_bytes, walk
 from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines
@@ -84,11 +84,16 @@ def traced(problem: Problem) -> Graph:
         UnsupportedPrimitiveError: if it uses an operation without a rule.
         ValueError: if its output does not depend on the input.
     """
+    graph = _traced_with_assumptions(problem).without_assumptions()
+    if not isinstance(graph.output, Node):
+        raise ValueError("The output does not depend on the input: evaluate it, there is nothing to verify.")
+    return graph
+
+
+def _traced_with_assumptions(problem: Problem) -> Graph:
     centers = jax.tree.map(lambda region: region.center, problem.region, is_leaf=is_region)
     graph = composites.fuse(tracing.trace(problem.fn, centers, *problem.args), relaxations.has_rule)
     relaxations.check(graph.ops)
-    if not isinstance(graph.output, Node):
-        raise ValueError("The output does not depend on the input: evaluate it, there is nothing to verify.")
     return graph
 
 
@@ -116,7 +121,8 @@ def root(problem: Problem) -> Root:
     suffix, _ = propagation.affine_suffix(graph, output(graph))
     nodes = {output(graph)}.union(*(op.outputs for op in suffix))
     ends = [jnp.abs(end).max() for node in nodes for end in known.intervals[node]]
-    return Root(list(relaxed.entered.values()), jnp.stack(ends).max())
+    is_defined = propagation.is_as_assumed(_traced_with_assumptions(problem), regions)
+    return Root(list(relaxed.entered.values()), jnp.where(is_defined, jnp.stack(ends).max(), jnp.nan))
 
 
 def relax(problem: Problem, whole: Root, domains: Subdomains, *, split: Split) -> Relaxed:
@@ -126,7 +132,7 @@ def relax(problem: Problem, whole: Root, domains: Subdomains, *, split: Split) -
     later layers. For `split="input"` CROWN bounds every layer anew over each box.
     """
     graph = traced(problem)
-    max_bytes = MAX_BYTES / len(domains.signs)
+    max_bytes = default_max_bytes() / len(domains.signs)
     one = functools.partial(_relax_one, graph, regions_of(problem), whole, split=split, max_bytes=max_bytes)
     return jax.vmap(one, in_axes=(box_axis(split), 0))(domains.boxes, domains.signs)
 

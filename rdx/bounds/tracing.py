@@ -53,7 +53,8 @@ def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
     constants = jax.tree.leaves(args)
     tracer = _Tracer(dict(zip(nodes, jax.tree.leaves(x), strict=True)), constants)
     (output,) = tracer.run(closed.jaxpr, closed.consts, (*nodes, *constants), Source("an unknown line"))
-    return Graph(nodes, tuple(reachable(tracer.ops, output)), output)
+    assumed = tuple(tracer.assumed)
+    return Graph(nodes, tuple(reachable(tracer.ops, output, *assumed)), output, assumed)
 
 
 class _Tracer:
@@ -66,6 +67,7 @@ class _Tracer:
         self.own = {id(value): value for value in [*samples.values(), *own]}
         self.comparisons: dict[Node, tuple[str, Value, Value]] = {}
         self.parts: dict[Node, rewrites.Part] = {}
+        self.assumed: dict[Node, None] = {}  # in order
 
     def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Value], caller: Source) -> list[Value]:
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -276,6 +278,11 @@ class _Tracer:
             return None
         return self.apply(jnp.sqrt if y == 0.5 else lambda x: lax.integer_pow(x, int(y)), [base], call.source)
 
+    def assume_finite(self, call: "_Call", *, is_true: bool) -> np.ndarray:
+        """Answers what only NaN and infinity would answer otherwise; bounds are void where that does not hold."""
+        self.assumed.update(dict.fromkeys(value for value in call.inputs if isinstance(value, Node)))
+        return np.full(call.shape, is_true)
+
     def product(self, call: "_Call") -> Value | None:
         first, second = call.inputs
         return self.apply(jnp.square, [first], call.source) if first is second else None
@@ -370,24 +377,20 @@ class _Call(NamedTuple):
     source: Source
 
 
-def _clamp(low: Array, x: Array, high: Array) -> Array:
-    return jnp.minimum(jnp.maximum(x, low), high)
-
-
 _REWRITES: dict[str, Callable[[_Tracer, _Call], Any]] = {
     "abs": lambda tracer, call: tracer.piecewise(call.inputs[0], -1.0, 1.0, call.source),
-    "clamp": lambda tracer, call: tracer.apply(_clamp, call.inputs, call.source),
+    "clamp": lambda tracer, call: tracer.apply(rewrites.clamp, call.inputs, call.source),
     "div": _Tracer.quotient,
     "dot_general": _Tracer.contraction,
     "integer_pow": _Tracer.power,
-    # What is bounded is finite, and no number differs from itself.
-    "is_finite": lambda _, call: np.ones(call.shape, bool),
+    "is_finite": lambda tracer, call: tracer.assume_finite(call, is_true=True),
     "max": _Tracer.larger,
     "min": _Tracer.larger,
     "mul": _Tracer.product,
     # The derivative of tanh, from jax 0.11 on.
     "one_minus_square": lambda tracer, call: tracer.apply(lambda x: 1.0 - jnp.square(x), call.inputs, call.source),
-    "ne": lambda _, call: np.zeros(call.shape, bool) if call.inputs[0] is call.inputs[1] else None,
+    # No number differs from itself.
+    "ne": lambda tracer, call: tracer.assume_finite(call, is_true=False) if call.inputs[0] is call.inputs[1] else None,
     "pow": _Tracer.power_of_constant,
     "reduce_max": _Tracer.reduce_max,
     "reduce_min": _Tracer.reduce_max,

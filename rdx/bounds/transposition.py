@@ -100,6 +100,10 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
         return coefficients
 
     def by_phases(rows: Array, kernel: Array) -> Array:
+        if rows[0, ..., 0].size == 1 and kernel.shape[:-2] == node_shape[1:-1] and not any(map(any, params["padding"])):
+            # One window, which is the whole image: a row gives each kernel its weight.
+            image = rows.reshape(len(rows), -1) @ kernel.reshape(-1, kernel.shape[-1]).T
+            return image.reshape(len(rows), *node_shape[1:])
         return _by_phases(rows, kernel, params["window_strides"], params["padding"], node_shape[1:-1])
 
     is_plain = params["feature_group_count"] == 1

@@ -72,9 +72,12 @@ def _ranges(op: Op) -> Callable[[Array, Array], tuple[Interval, Interval]]:
 
     def ranges(left: Array, right: Array) -> tuple[Interval, Interval]:
         known = arithmetic.walk(graph, Interval(left, right))
-        slope = _output(slopes, arithmetic.walk(slopes, Interval(left, right)), left)
+        of_slope = arithmetic.walk(slopes, Interval(left, right))
+        slope = _output(slopes, of_slope, left)
         # Where a condition holds in a part of the cell only, the function may jump: its slope is anything.
         is_sure = jnp.ones(left.shape, bool)
+        for assumed in slopes.assumed:
+            is_sure &= jnp.isfinite(of_slope[assumed].lower) & jnp.isfinite(of_slope[assumed].upper)
         for inner, value in known.items():
             if inner.dtype == jnp.bool_:
                 is_sure &= value.lower == value.upper

@@ -265,16 +265,14 @@ def judge(problem, visited, found):
     Returns:
         The number of points with a finite value, and for each method: the largest `excess` over the bounds in units of
         `1 + max |f|` (evaluated in float64 where float32 says that it is above `ROUNDING`), the mean `width` of the
-        bounds over that of the values seen, and whether the bounds are finite, and inside those of IBP. The last is
-        asked over boxes: in an l2 or l1 ball IBP bounds the layers that the ball enters by the ball itself and what is
-        beside them by intervals, which lines may fall behind.
+        bounds over that of the values seen, and whether the bounds are finite, and inside those of IBP.
     """
     inputs, values = visited
     is_finite = np.isfinite(values).all(axis=2, keepdims=True)
     seen = np.where(is_finite, values, np.nan)
     scale, spread = 1.0 + np.nanmax(np.abs(seen)), np.nanmean(np.nanmax(seen, axis=0) - np.nanmin(seen, axis=0))
     slack, verdicts = ROUNDING * scale, {}
-    is_box, (least, greatest) = problem.structure.norm == "linf", found["ibp"]
+    least, greatest = found["ibp"]
     for method, (lower, upper) in found.items():
         outside = np.nan_to_num(np.maximum(lower - seen, seen - upper), nan=-np.inf)
         excess = outside.max()
@@ -286,7 +284,7 @@ def judge(problem, visited, found):
             "excess": float(excess / scale),
             "width": float((upper - lower).mean() / max(spread, 1e-12)),
             "is_finite": bool(np.isfinite(lower).all() and np.isfinite(upper).all()),
-            "is_ordered": not is_box or not ((lower < least - slack) | (upper > greatest + slack)).any(),
+            "is_ordered": not ((lower < least - slack) | (upper > greatest + slack)).any(),
         }
     return int(is_finite.sum()), verdicts
 

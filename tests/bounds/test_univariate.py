@@ -149,6 +149,24 @@ def test_outside_of_its_domain_nothing_is_certified(fn):
         assert not (jnp.isfinite(found.lower) | jnp.isfinite(found.upper)).any()
 
 
+@pytest.mark.parametrize("is_sane", [
+    lambda x: ~jnp.isnan(jnp.log(x)), lambda x: jnp.isfinite(jnp.log(x)), lambda x: jnp.isfinite(1.0 / x),
+    lambda x: jnp.isfinite(jnp.where(x > 0.0, x, 0.0) * jnp.where(jnp.arange(1) == 0, jnp.log(x), 1.0)),
+])
+def test_what_tracing_takes_to_be_finite_has_to_be(is_sane):
+    def fn(x):
+        return jnp.where(is_sane(x), 1.0, -1.0) + 0.001 * jnp.maximum(x, 0.1)
+
+    x = jnp.array([[0.6], [2.0]])
+    region = Ball("linf", 0.9, -jnp.inf, jnp.inf).region(x)
+    for method in (bounds.ibp, bounds.forward, bounds.crown_ibp, bounds.crown, bounds.alpha_crown):
+        found = method(fn, region)
+        assert not jnp.isfinite(found.lower[0]) and not jnp.isfinite(found.upper[0])
+        np.testing.assert_allclose(jnp.stack(found)[:, 1, 0], [1.0011, 1.0029], atol=1e-6)
+    first = Ball("linf", 0.9, -jnp.inf, jnp.inf).region(x[:1])
+    assert bounds.verify(fn, first, split="input", max_domains=64).verdict != "certified"
+
+
 @pytest.mark.parametrize("step", [
     lambda x: jnp.where(x > 0.0, 1.0 - x, -x),
     lambda x: (1.0 - x) * (x > 0.0).astype(x.dtype) + x * (x <= 0.0).astype(x.dtype) * -1.0,
