@@ -24,7 +24,10 @@ import numpy as np
 # Thread pools spin for a while after their last task; the other side's turn begins when they sleep.
 PAUSE_S = 0.05
 WARM_UP_ROUNDS = 2
-CALLS_PER_TURN = 8
+# A turn takes the slower side about so long; a case all in all at most so long.
+TURN_S = 0.5
+CASE_S = 240.0
+MOST_CALLS = 64
 
 
 class Conv(NamedTuple):
@@ -265,21 +268,36 @@ def seconds(run):
 
 def peak_mb():
     """Gives the most memory that this process has ever had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says begins with the size of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def alternate(runs, rounds, calls=CALLS_PER_TURN):
-    """Calls each run in turns, `rounds` of them after warm-up; gives the median of the seconds that it returned.
+def alternate(runs, rounds):
+    """Calls each run in turns, `rounds` of them after warm-up, fewer of those that take long.
 
     A turn is several calls one after the other, as in a training loop or an evaluation: in the first few a side's
     threads wake up and its caches fill, which for small cases would be most of what is measured.
+
+    Args:
+        runs: functions by name, which return the seconds that they took.
+        rounds: how often each run has its turn.
+
+    Returns:
+        The median seconds of each run, and rounds and calls in words.
     """
+    once = {name: run() for name, run in runs.items()}
+    calls = int(np.clip(TURN_S / max(once.values()), 1, MOST_CALLS))
+    rounds = int(np.clip(CASE_S / (calls * sum(once.values())), 1, rounds))
     taken, warm_up = {name: [] for name in runs}, WARM_UP_ROUNDS if calls > 1 else 0
     for _ in range(warm_up + rounds):
         for name, run in runs.items():
             time.sleep(PAUSE_S)
             taken[name].append([run() for _ in range(calls)])
-    return {name: float(np.median(turns[warm_up:])) for name, turns in taken.items()}
+    medians = {name: float(np.median(turns[warm_up:])) for name, turns in taken.items()}
+    return medians, f"{rounds} x {calls}"
 
 
 def agreement(ours, theirs, tolerance):
@@ -293,17 +311,24 @@ def agreement(ours, theirs, tolerance):
     return {"max difference": differences[worst], "at scale": scales[worst]}
 
 
-def settings(arguments, peer, **extra):
-    """Collects what a reader needs to judge the figures."""
+def versions(arguments, of_peer):
+    """Collects what ran where."""
     import jax
 
     return {
         "machine": f"{platform.machine()}, {arguments.threads} threads each, load {os.getloadavg()[0]:.2f} before",
-        "versions": {"jax": jax.__version__, **peer.versions},
+        "versions": {"jax": jax.__version__, **of_peer},
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def settings(arguments, peer, **extra):
+    """Collects what a reader needs to judge the figures."""
+    return {
+        **versions(arguments, peer.versions),
         "batch": arguments.batch,
-        "figures": f"median of all calls in {arguments.rounds} rounds, in which ours and theirs take turns of "
-        f"{CALLS_PER_TURN} calls each, after {WARM_UP_ROUNDS} rounds to warm up; slow cases as their table says",
+        "figures": "median of all calls in rounds in which ours and theirs take turns, each of several calls one after "
+        f"the other, after {WARM_UP_ROUNDS} rounds to warm up where calls are short",
         "images": "MNIST test" if os.environ.get("RDX_DATA_DIR") else "uniform random",
         **extra,
     }

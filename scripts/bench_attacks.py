@@ -78,12 +78,13 @@ def measure(peer, net, arguments):
     if not reached["rdx"] >= (1.0 - LOSS_TOLERANCE) * max(reached.values()):
         sys.exit(f"Not timed: mean adversarial losses on {net.name} are {reached}, so the sides do different work.")
     runs = {tool: lambda case=cases[tool]: peer.seconds(case) for tool in TOOLS}
-    taken = _bench.alternate({"rdx": lambda: _bench.seconds(run)} | runs, arguments.rounds)
+    taken, rounds = _bench.alternate({"rdx": lambda: _bench.seconds(run)} | runs, arguments.rounds)
     return {
         "case": f"PGD-{NUM_STEPS}, {net.name}",
         **{f"{name} ms": 1e3 * value for name, value in taken.items()},
         "ratio": taken["rdx"] / min(taken[tool] for tool in TOOLS),
         "our compile s": first - taken["rdx"],
+        "rounds x calls": rounds,
         **{f"{name} loss": reached[name] for name in taken},
         "max logit difference": agrees["max difference"],
     }

@@ -11,6 +11,7 @@ ratio below 1 means that rdx is faster, or takes less memory: the most that a fr
 # ruff: noqa: TID251
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 import _bench
@@ -23,35 +24,35 @@ EPS = {"conv": 0.1, "mlp": 0.1, "dm-large": 2 / 255}
 
 
 class Case(NamedTuple):
-    """What to run; `rounds` is None for cases that are fast enough for many."""
+    """What to run; `hidden_steps` is how long our alpha-CROWN optimises hidden layers, whose bounds theirs shares."""
 
     net: str
     method: str
     batch: int
-    rounds: int | None = None
+    hidden_steps: int | None = None
 
     def __str__(self):
-        return f"{self.net}, {self.method}, batch {self.batch}"
+        steps = "" if self.hidden_steps is None else f" ({self.hidden_steps} hidden steps)"
+        return f"{self.net}, {self.method}{steps}, batch {self.batch}"
 
 
 FAST = ("IBP", "CROWN-IBP", "CROWN-IBP training step")
 CASES = [
     *(Case(net, method, 128) for net in ("conv", "mlp") for method in FAST),
-    *(Case("dm-large", method, 8, 5) for method in FAST),
-    Case("conv", "CROWN", 4, 5),
-    Case("mlp", "CROWN", 16, 5),
-    Case("dm-large", "CROWN", 1, 1),
-    Case("conv", "alpha-CROWN", 4, 1),
-    Case("mlp", "alpha-CROWN", 16, 1),
+    *(Case("dm-large", method, 8) for method in FAST),
+    Case("conv", "CROWN", 4),
+    Case("mlp", "CROWN", 16),
+    Case("dm-large", "CROWN", 1),
+    Case("conv", "alpha-CROWN", 4, 5),
+    Case("mlp", "alpha-CROWN", 16, 12),
 ]
 
 
-def ours(net, method, relu, x, labels):
-    """Builds a function without arguments that runs the method once and returns its named arrays."""
+def program(case, relu):
+    """Builds the jitted function of a case: `(params, x, labels, eps) -> bounds`, or a loss and updated parameters."""
     import functools
 
     import jax
-    import jax.numpy as jnp
     from jax.tree_util import Partial
 
     from rdx import balls, bounds, compilation, losses, margins
@@ -60,12 +61,14 @@ def ours(net, method, relu, x, labels):
     compute = {
         "IBP": bounds.ibp,
         "CROWN-IBP": functools.partial(bounds.crown_ibp, relu_lower=relu_lower, intersect=False),
+        "forward": functools.partial(bounds.forward, relu_lower=relu_lower),
         "CROWN": functools.partial(bounds.crown, relu_lower=relu_lower),
-        "alpha-CROWN": functools.partial(bounds.alpha_crown, num_steps=NUM_STEPS),
-    }[method.removesuffix(" training step")]
+        "alpha-CROWN": functools.partial(bounds.alpha_crown, num_steps=NUM_STEPS, hidden_steps=case.hidden_steps or 10),
+    }[case.method.removesuffix(" training step")]
 
     def lower(params, x, labels, eps):
-        return compute(margins.of(Partial(net.logits, params)), balls.Ball("linf", eps).region(x), labels).lower
+        logits_fn = Partial(_bench.NETS[case.net].logits, params)
+        return compute(margins.of(logits_fn), balls.Ball("linf", eps).region(x), labels).lower
 
     def step(params, *batch):
         def loss(params):
@@ -74,18 +77,39 @@ def ours(net, method, relu, x, labels):
         value, gradient = jax.value_and_grad(loss)(params)
         return value, jax.tree.map(lambda p, g: p - LEARNING_RATE * g, params, gradient)
 
-    params = jax.tree.map(jnp.asarray, net.init())
-    batch = jnp.asarray(x), jnp.asarray(labels), jnp.float32(EPS[net.name])
-    if not method.endswith("training step"):
-        bound = jax.jit(lower, compiler_options=compilation.cpu_options())
-        return lambda: {"bounds": bound(params, *batch)}
-    update, state = jax.jit(step, compiler_options=compilation.cpu_options()), {"params": params}
+    is_step = case.method.endswith("training step")
+    return jax.jit(step if is_step else lower, compiler_options=compilation.cpu_options())
+
+
+def arguments_of_ours(case):
+    """Gives what the function of a case takes."""
+    import jax
+    import jax.numpy as jnp
+
+    net, x, labels, _ = arrays_of(case)
+    return jax.tree.map(jnp.asarray, net.init()), jnp.asarray(x), jnp.asarray(labels), jnp.float32(EPS[case.net])
+
+
+def ours(case, relu):
+    """Builds a function without arguments that runs the method once and returns its named arrays."""
+    function, (params, *batch) = program(case, relu), arguments_of_ours(case)
+    if not case.method.endswith("training step"):
+        return lambda: {"bounds": function(params, *batch)}
+    state = {"params": params}
 
     def run():
-        loss, state["params"] = update(state["params"], *batch)
+        loss, state["params"] = function(state["params"], *batch)
         return {"loss": loss, "params": state["params"]}
 
     return run
+
+
+def compile_seconds(case, relu):
+    """Times the compilation of a case."""
+    function, given = program(case, relu), arguments_of_ours(case)
+    start = time.perf_counter()
+    function.lower(*given).compile()
+    return time.perf_counter() - start
 
 
 def theirs(request, arrays):
@@ -156,18 +180,15 @@ def arrays_of(case):
 
 def measure(case, arguments):
     """Checks one case, times it and compares the memory."""
-    net, x, labels, arrays = arrays_of(case)
-    computed = {}
-    run = ours(net, case.method, arguments.relu, x, labels)
+    net, _, _, arrays = arrays_of(case)
+    run, computed = ours(case, arguments.relu), {}
     first = _bench.seconds(lambda: computed.update(run()) or computed)
     with _bench.Peer(arguments.peer_python, sys.argv[0], arguments.threads) as peer:
         reference = peer.prepare(arrays, case=str(case), net=net.name, method=case.method, relu=arguments.relu)
         fits = check(case, net, computed, reference)
         memory = own_peak_mb(case) / peer.peak_mb()
-        taken = _bench.alternate(
-            {"ours": lambda: _bench.seconds(run), "theirs": lambda: peer.seconds(str(case))},
-            case.rounds or arguments.rounds, **({} if case.rounds is None else {"calls": 1}),
-        )
+        runs = {"ours": lambda: _bench.seconds(run), "theirs": lambda: peer.seconds(str(case))}
+        taken, rounds = _bench.alternate(runs, arguments.rounds)
     return {
         "case": str(case),
         "ours ms": 1e3 * taken["ours"],
@@ -175,7 +196,7 @@ def measure(case, arguments):
         "ratio": taken["ours"] / taken["theirs"],
         "memory ratio": memory,
         "our compile s": first - taken["ours"],
-        "rounds x calls": f"{case.rounds} x 1" if case.rounds else f"{arguments.rounds} x {_bench.CALLS_PER_TURN}",
+        "rounds x calls": rounds,
         "numbers": ", ".join(f"{name} {value:.5g}" for name, value in fits.items()),
     }
 
@@ -186,20 +207,34 @@ def own_peak_mb(case):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def report_compilation(arguments):
+    """Compiles every method for every net, also where it would take long to run."""
+    rows = []
+    for method in (*FAST, "forward", "CROWN", "alpha-CROWN"):
+        found = {net: compile_seconds(Case(net, method, 2), arguments.relu) for net in arguments.nets}
+        rows.append({"method": method} | {f"{net} s": taken for net, taken in found.items()})
+        print(rows[-1], flush=True)
+    _bench.report("Compile times", _bench.versions(arguments, {}), rows, arguments.out)
+
+
 def main():
     """Runs every case and reports."""
     relu = {"choices": ["adaptive", "same-slope"], "default": "adaptive", "help": "lower relu line on both sides"}
     peak = {"type": int, "help": "only prints the memory that this case of ours takes, by its number"}
     methods = {"nargs": "+", "choices": [*FAST, "CROWN", "alpha-CROWN"], "default": [*FAST, "CROWN", "alpha-CROWN"]}
-    arguments = _bench.parse_arguments(__doc__.splitlines()[0], relu=relu, peak=peak, methods=methods)
+    compiles = {"action": "store_true", "help": "only reports how long each of our methods compiles, on each net"}
+    options = {"relu": relu, "peak": peak, "methods": methods, "compile": compiles}
+    arguments = _bench.parse_arguments(__doc__.splitlines()[0], **options)
     if arguments.peer:
         _bench.serve(arguments.threads, ["auto_LiRPA"], theirs)
         return
     if arguments.peak is not None:
         case = CASES[arguments.peak]
-        net, x, labels, _ = arrays_of(case)
-        _bench.seconds(ours(net, case.method, arguments.relu, x, labels))
+        _bench.seconds(ours(case, arguments.relu))
         print(_bench.peak_mb())
+        return
+    if arguments.compile:
+        report_compilation(arguments)
         return
     with _bench.Peer(arguments.peer_python, sys.argv[0], arguments.threads) as peer:
         notes = _bench.settings(

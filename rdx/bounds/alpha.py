@@ -10,6 +10,7 @@ is the tighter the tighter they are, so there is nothing to gain from optimising
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -128,16 +129,40 @@ def _ascend(
         shares = jax.tree.map(lambda share: jnp.clip(share, 0.0, 1.0), optax.apply_updates(state.shares, updates))
         return _State(shares, best, pick(found, state.lower), moments)
 
+    shares = list(start.values())
+    state = _State(shares, shares, jnp.full_like(at_start, -jnp.inf), optimizer.init(shares))
+    state, _ = lax.scan(_while_open(step, stop_above), state, length=num_steps)
+    return _known_value(bound, state.best, lax.stop_gradient(state.lower))
+
+
+def _while_open(step: Callable[[_State], _State], stop_above: float) -> Callable[..., tuple[_State, None]]:
+    """Makes a step for `scan`, which does nothing once all bounds exceed a value."""
+
     def guarded(state: _State, _: None) -> tuple[_State, None]:
         is_open = (state.lower <= stop_above).any()
         moved = lax.cond(any_example(is_open), step, lambda state: state, state)
         # Each example stops by itself, whoever shares its batch.
         return jax.tree.map(lambda new, old: jnp.where(is_open, new, old), moved, state), None
 
-    shares = list(start.values())
-    state = _State(shares, shares, jnp.full_like(at_start, -jnp.inf), optimizer.init(shares))
-    state, _ = lax.scan(guarded, state, length=num_steps)
-    return bound(lax.stop_gradient(state.best))
+    never = isinstance(stop_above, float) and stop_above == math.inf
+    return (lambda state, _: (step(state), None)) if never else guarded
+
+
+def _known_value(fn: Callable[[PyTree], Array], at: PyTree, value: Array) -> Array:
+    """Gives a value `fn(at)` that is known already the derivatives of `fn` in what it closes over."""
+    convert, closed_over = jax.closure_convert(fn, lax.stop_gradient(at))
+
+    @jax.custom_jvp
+    def known(value: Array, at: PyTree, closed_over: PyTree) -> Array:
+        del at, closed_over
+        return value
+
+    @known.defjvp
+    def _differentiate(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+        value, at, closed_over = primals
+        return value, jax.jvp(lambda *consts: convert(at, *consts), tuple(closed_over), tuple(tangents[2]))[1]
+
+    return known(value, lax.stop_gradient(at), closed_over)
 
 
 def _slopes(op: Op, rows: Rows, bounds: Interval, share: Array) -> Array:
