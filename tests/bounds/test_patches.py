@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bounds_helpers import fill, inputs
+from jax import lax
 
 from rdx import bounds
 from rdx.balls import Ball
@@ -43,13 +44,17 @@ class Layers(nn.Module):
                 x = nn.relu(nn.avg_pool(nn.Conv(3, (2, 2))(x), (2, 2)))
             case "double":
                 x = nn.relu(nn.Conv(3, (3, 3))(nn.Conv(4, (3, 3), padding=2)(x)))
+            case "channels first":
+                kernel = self.param("kernel", nn.initializers.normal(), (10, 3, 3, 2))
+                x = nn.relu(lax.conv_general_dilated(jnp.moveaxis(x, -1, 1), kernel, (1, 1), "SAME"))
+                x = jnp.moveaxis(x, 1, -1)
             case "rows":
                 x = nn.relu(nn.Conv(4, (3,))(x.reshape(x.shape[0], -1, 6)))
         x = nn.relu(nn.Conv(2, (3,) * (x.ndim - 2))(x))
         return nn.Dense(2)(x.reshape(x.shape[0], -1))
 
 
-KINDS = ("strides", "dilation", "groups", "residual", "norm", "pool", "double", "rows")
+KINDS = ("strides", "dilation", "groups", "residual", "norm", "pool", "double", "channels first", "rows")
 
 
 def net(kind):
@@ -101,7 +106,7 @@ def test_balls_on_windows(norm, monkeypatch):
     assert_equal(local, study(fn, ball))
 
 
-@pytest.mark.parametrize("kind", ["strides", "rows"])
+@pytest.mark.parametrize("kind", ["strides", "channels first", "rows"])
 @pytest.mark.parametrize("intersect", [False, True])
 def test_chunks_change_nothing(kind, intersect, monkeypatch):
     fn, ball = net(kind), Ball("linf", 0.05)
@@ -111,3 +116,15 @@ def test_chunks_change_nothing(kind, intersect, monkeypatch):
     monkeypatch.setattr(chunks, "_chunk_size", lambda *args: counts.append(size(*args)) or counts[-1])
     assert_equal(study(fn, ball, intersect=intersect, max_bytes=2e5), whole)
     assert min(counts) < 20
+
+
+def test_elements_that_are_needed_come_first_and_together():
+    # 6 places of 8 elements in groups of 4.
+    elements = np.random.default_rng(0).permutation(48).reshape(6, 8)
+    is_needed = np.zeros(48, bool)
+    is_needed[elements[[0, 2, 2, 2, 4, 4, 4, 4, 4], [7, 1, 3, 6, 0, 2, 4, 5, 7]]] = True
+    groups = np.asarray(chunks._needed_first(elements, jnp.asarray(is_needed), 4))
+    assert sorted(groups.ravel()) == list(range(48))
+    assert is_needed[groups].sum(axis=1).tolist() == [1, 3, 4, 1, *[0] * 8]
+    places = np.argsort(elements.ravel()) // 8
+    assert (places[groups] == places[groups[:, :1]]).all()
