@@ -172,7 +172,7 @@ with: a third random, a third of the border (corners, vertices, spheres), a thir
 A violation is a point outside by more than {result['rounding']:.0e} of the scale `1 + max |f|`, which is what
 `bounds.certify` allows for rounding; such points are evaluated again in float64 before they count. Excess is in units
 of that scale, width in those of the range of values seen. Bounds that are not finite certify nothing and contradict
-nothing; they are counted, and listed below. Over boxes no method may be outside of IBP.
+nothing; they are counted, and listed below. No method may be outside of IBP.
 
 | method | functions | points | violations | outside of IBP | largest excess | median width | not finite |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -78,7 +78,8 @@ def forward(
             _carry(graph, planes)
             bounds = [_concretize(planes[node], regions) for node in op.nodes]
             if intersect:
-                bounds = [found.intersect(known.intervals[node]) for found, node in zip(bounds, op.nodes, strict=True)]
+                intervals = (propagation.by_intervals(graph, node, known, regions) for node in op.nodes)
+                bounds = [found.intersect(interval) for found, interval in zip(bounds, intervals, strict=True)]
             lines = notes.lines[op] = relaxations.relax(op, bounds, relu_lower)
             planes[op.outputs[0]] = _through_lines(lines, [planes[node] for node in op.nodes])
             return bounds
