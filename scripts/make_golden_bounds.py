@@ -14,8 +14,8 @@ relu; smooth, with tanh and sigmoid; attention, one head over four tokens with a
 
 where region is linf, l2 (no box) or linf_box (the ball clipped to [0, 1], gradients through the clipping) and method is
 IBP, forward.adaptive, CROWN-IBP.adaptive or CROWN.adaptive, after the lower slope of relu; residual has
-CROWN-IBP.same-slope and CROWN.same-slope as well. `forward` propagates linear bounds forward and nothing else. mlp, conv
-and residual also have CROWN-Optimized.adaptive, without gradients: alpha-CROWN, 20 steps that begin with size 0.5.
+CROWN-IBP.same-slope and CROWN.same-slope as well. `forward` propagates linear bounds forward and nothing else. mlp,
+conv and residual also have CROWN-Optimized.adaptive, without gradients: alpha-CROWN, 20 steps that begin with size 0.5.
 
 Choices that matter: everything is computed in float64 from float32 weights and rounded at the end. The first
 convolution has no padding, because auto_LiRPA's interval rule under l2 takes the norm of the whole kernel at the border
@@ -65,7 +65,8 @@ def compute(net, x, labels, region, method, eps):
 
     name, _, relu = method.partition(".")
     options = {
-        "sparse_intermediate_bounds": False, "activation_bound_option": relu or "adaptive", "optimize_bound_args": STEPS,
+        "sparse_intermediate_bounds": False, "activation_bound_option": relu or "adaptive",
+        "optimize_bound_args": STEPS,
     }
     bounded = BoundedModule(net, torch.zeros(x.shape), bound_opts=options, device="cpu")
     leaf = torch.tensor(x, dtype=torch.float64, requires_grad=name != "CROWN-Optimized")

@@ -28,8 +28,8 @@ from rdx.bounds.linear import SlopeChoice
 from rdx.bounds.patches import Rows
 from rdx.types import Array, PyTree
 
-# Steps fall by this factor each, in long runs more slowly, to this part in the end. The authors' 0.98 would have slopes,
-# which lie in [0, 1], still move by a third after 20 steps.
+# Steps fall by this factor each, in long runs more slowly, to this part in the end. With the authors' 0.98 slopes,
+# which lie in [0, 1], would still move by a third after 20 steps.
 _DECAY, _LAST = 0.9, 0.1
 # Slopes, the best ones, Adam's two moments and a gradient, beside what substitution holds.
 _SHARE_OF_MEMORY = 0.25
