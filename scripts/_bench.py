@@ -334,8 +334,26 @@ def settings(arguments, peer, **extra):
     }
 
 
+def row_name(row):
+    """Gives the first column."""
+    return next(iter(row.values()))
+
+
+def earlier_rows(settings, out):
+    """Reads the rows of an earlier run if its settings are the same, but for the load of the machine."""
+    if out is None or not out.with_suffix(".json").exists():
+        return []
+    earlier = json.loads(out.with_suffix(".json").read_text())
+    is_same = all(earlier["settings"].get(name) == value for name, value in settings.items() if name != "machine")
+    return earlier["rows"] if is_same else []
+
+
 def report(title, settings, rows, out):
-    """Prints a markdown table of rows (dicts with the same keys) and the settings; writes them where `out` is given."""
+    """Prints a markdown table of rows (dicts with the same keys) and the settings; writes them where `out` is given.
+
+    Rows that an earlier run of the same versions left there are kept, except for what has been measured again.
+    """
+    rows = [*({row_name(row): row for row in [*earlier_rows(settings, out), *rows]}).values()]
     shown = [[f"{value:.3g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
     lines = [f"# {title}", "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
     lines += [f"| {' | '.join(cells)} |" for cells in shown]
