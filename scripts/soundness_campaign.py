@@ -161,7 +161,8 @@ def table(result):
     environment = ", ".join(f"{name} {version}" for name, version in result["environment"]["versions"].items())
     text = f"""# Soundness campaign
 
-Made by `scripts/soundness_campaign.py`; `report.json` holds the same numbers. {environment}.
+Made by `scripts/soundness_campaign.py`; `report.json` holds the same numbers. {environment}, commit
+{result['environment']['commit']}, to which the seeds belong.
 
 {result['functions']} random functions of {result['structures']} structures, {rf.VARIANTS} draws of weights, inputs,
 radii and box for each; their first parts are {result['cases']} of the {result['cases_in_table']} cases of the table of
