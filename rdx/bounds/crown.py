@@ -69,7 +69,7 @@ def crown(
         intersect: intersect the bounds of every layer with intervals, and bound only those relus by substitution that
             intervals leave undecided; without it this is CROWN to the letter.
         max_bytes: about how much memory the coefficients of hidden layers may take; they are computed in chunks. By
-            default as much as fits into the caches of a CPU, whom more would slow down, and 1 GiB elsewhere.
+            default 16 MiB on CPUs, which fits into their caches, as more is slower there; 1 GiB elsewhere.
 
     Returns:
         Bounds of the output, each end of shape `[B, ...]`.

@@ -26,10 +26,8 @@ from rdx.types import Array, PyTree
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _BROADCASTING = ("add", "div", "max", "min", "mul", "pow", "sub")
-_ABOVE = ("ge", "gt")
-_BELOW = ("le", "lt")
-# What masks a value with a constant.
-_MASKS = ("add", "select_n", "sub")
+_ABOVE, _BELOW = ("ge", "gt"), ("le", "lt")
+_MASKS = ("add", "select_n", "sub")  # what masks a value with a constant
 
 
 def trace(fn: Callable[..., Array], x: PyTree, *args: PyTree) -> Graph:
