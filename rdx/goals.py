@@ -1,7 +1,7 @@
 """What an attack wants: a loss to maximise and a predicate that says when the goal is reached.
 
-A goal is a pytree whose callables are `jax.tree_util.Partial`s, so that targets are leaves and compiled loops are
-cached. Any output of a model can be attacked: `Goal(Partial(my_loss), Partial(my_success))`.
+A goal is a pytree whose callables are `jax.tree_util.Partial`s, so that compiled loops are cached. Any output of a
+model can be attacked: `Goal(Partial(my_loss), Partial(my_success))`.
 """
 
 from typing import NamedTuple
@@ -10,19 +10,30 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rdx import losses
-from rdx.types import Array, LossFn
+from rdx.types import Array, LossFn, PyTree
 
 
 class Goal(NamedTuple):
     """An attack's goal over the model's output.
 
     Attributes:
-        loss: `(logits [B, K], labels [B]) -> [B]`, maximised by the attack.
-        success: `(logits [B, K], labels [B]) -> bool [B]`.
+        loss_fn: `(output, labels [B], *data) -> [B]`, maximised by the attack.
+        success_fn: `(output, labels [B], *data) -> bool [B]`.
+        data: what else differs from example to example, such as targets; every leaf has the batch axis first. Leaves of
+            the callables themselves belong to all examples.
     """
 
-    loss: Partial
-    success: Partial
+    loss_fn: Partial
+    success_fn: Partial
+    data: tuple[PyTree, ...] = ()
+
+    def loss(self, output: PyTree, labels: Array) -> Array:
+        """Computes each example's loss, shape `[B]`, from the model's output, such as logits `[B, K]`."""
+        return self.loss_fn(output, labels, *self.data)
+
+    def success(self, output: PyTree, labels: Array) -> Array:
+        """Tells where the goal is reached, shape `[B]`, bool."""
+        return self.success_fn(output, labels, *self.data)
 
 
 def misclassify(loss: LossFn = losses.cross_entropy) -> Goal:
@@ -47,14 +58,14 @@ def target(targets: Array, loss: LossFn = losses.targeted_cross_entropy) -> Goal
     Returns:
         The goal.
     """
-    return Goal(Partial(_towards, Partial(loss), targets), Partial(_hits, targets))
+    return Goal(Partial(_towards, Partial(loss)), Partial(_hits), (jnp.asarray(targets),))
 
 
-def _towards(loss: Partial, targets: Array, logits: Array, labels: Array) -> Array:
+def _towards(loss: Partial, logits: Array, labels: Array, targets: Array) -> Array:
     del labels
     return loss(logits, targets)
 
 
-def _hits(targets: Array, logits: Array, labels: Array) -> Array:
+def _hits(logits: Array, labels: Array, targets: Array) -> Array:
     del labels
     return (logits.argmax(axis=1) == targets) & ~jnp.isnan(logits).any(axis=1)

@@ -25,6 +25,24 @@ Detector: TypeAlias = Callable[[Array], tuple[Array, Array]]
 LossFn: TypeAlias = Callable[[Array, Array], Array]
 
 
+class Trace(NamedTuple):
+    """The strongest input so far after each step of an attack, `T` steps in all, restart after restart.
+
+    Attributes:
+        success: whether the goal is reached. Shape `[T, B]`, bool.
+        loss: the goal's loss. Shape `[T, B]`.
+        distance: norm of the perturbation in the ball's norm. Shape `[T, B]`.
+        forwards: forward passes spent until then. Shape `[T, B]`, int32.
+        gradients: gradient evaluations spent until then. Shape `[T, B]`, int32.
+    """
+
+    success: Array
+    loss: Array
+    distance: Array
+    forwards: Array
+    gradients: Array
+
+
 class AttackResult(NamedTuple):
     """What an attack found, example by example.
 
@@ -36,6 +54,7 @@ class AttackResult(NamedTuple):
         forwards: forward passes spent. Shape `[B]`, int32.
         gradients: gradient evaluations spent (each one forward and one backward pass, not counted in `forwards`).
             Shape `[B]`, int32.
+        trace: the course of the attack, where it was asked for.
     """
 
     x_adv: Array
@@ -44,3 +63,4 @@ class AttackResult(NamedTuple):
     loss: Array
     forwards: Array
     gradients: Array
+    trace: Trace | None = None

@@ -2,7 +2,8 @@
 
 from rdx.attacks.apgd import apgd
 from rdx.attacks.base import limit
+from rdx.attacks.driver import Loop
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.pgd import pgd
 
-__all__ = ["apgd", "fgsm", "limit", "pgd"]
+__all__ = ["Loop", "apgd", "fgsm", "limit", "pgd"]

@@ -1,19 +1,16 @@
 """Auto-PGD: projected gradient descent that chooses its own step sizes (Croce & Hein 2020, arXiv:2003.01690)."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rdx import norms
-from rdx.attacks import base
+from rdx.attacks import base, driver
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
-
-_Tree = TypeVar("_Tree")
-
 
 class _Context(NamedTuple):
     problem: base.Problem
@@ -39,7 +36,7 @@ class _State(NamedTuple):
     was_halved: Array
     last_loss: Array
     num_rises: Array
-    best: base.Candidate
+    found: base.Found
 
 
 def checkpoints(num_steps: int) -> list[int]:
@@ -66,7 +63,7 @@ def checkpoints(num_steps: int) -> list[int]:
 def apgd(
     key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, goal: Goal | None = None,
     index: ArrayLike | None = None, num_steps: int = 100, num_restarts: int = 1, rho: ArrayLike = 0.75,
-    alpha: ArrayLike = 0.75, loop: base.Loop = "auto",
+    alpha: ArrayLike = 0.75, loop: driver.Loop = driver.AUTO,
 ) -> AttackResult:
     """Climbs the loss with momentum, halving the step size and returning to the peak where progress stalls.
 
@@ -94,7 +91,7 @@ def apgd(
         num_restarts: number of random starts.
         rho: share of rising iterations up to which a window counts as stalled.
         alpha: weight of the gradient step; the momentum has `1 - alpha`.
-        loop: see `rdx.attacks.base.iterate`.
+        loop: see `rdx.attacks.driver.Loop`.
 
     Returns:
         The attack's result: `1 + num_restarts` forward passes, `num_steps * num_restarts` gradients.
@@ -105,13 +102,13 @@ def apgd(
     norms.check(ball.norm)
     if ball.norm == "l1":
         raise ValueError("apgd handles linf and l2; use pgd for l1.")
-    problem, clean = base.begin(logits_fn, x, labels, ball, goal)
+    problem, found = base.begin(logits_fn, x, labels, ball, goal)
     context = _Context(problem, _windows(num_steps), *(jnp.asarray(value, problem.x.dtype) for value in (rho, alpha)))
-    best = base.restart(
-        _start, _step, _finish, context, base.example_keys(key, problem.x, index), clean, num_steps=num_steps,
+    found, trace = driver.run(
+        _METHOD, context, base.example_keys(key, problem.x, index), found, num_steps=num_steps,
         num_restarts=num_restarts, loop=loop,
     )
-    return base.report(problem, best, forwards=1 + num_restarts, gradients=num_steps * num_restarts)
+    return base.report(problem, found, trace)
 
 
 def _windows(num_steps: int) -> Array:
@@ -122,8 +119,8 @@ def _windows(num_steps: int) -> Array:
     return jnp.asarray(windows[:num_steps])
 
 
-def _start(context: _Context, keys: Key, best: base.Candidate) -> _State:
-    _, ball, _, x, _ = context.problem
+def _start(context: _Context, keys: Key, found: base.Found) -> _State:
+    ball, x = context.problem.ball, context.problem.x
     if ball.norm == "linf":
         draw = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1.0))(keys)
     else:
@@ -131,17 +128,17 @@ def _start(context: _Context, keys: Key, best: base.Candidate) -> _State:
     unit = draw / norms.expand(norms.norm(draw, ball.norm), draw)
     point = ball.project(x + ball.radius(x) * unit, x)
     # By arithmetic: under jit, `zeros_like` forgets how an array is sharded over explicit axes (jax 0.11).
-    still, lowest = point - point, jnp.minimum(best.loss, -jnp.inf)
+    still, lowest = point - point, jnp.minimum(found.best.loss, -jnp.inf)
     zero = norms.norm(still, "linf")
     peak = _Peak(point, still, lowest)
-    return _State(point, point, 2.0 + zero, peak, lowest, zero == 0, lowest, zero.astype(jnp.int32), best)
+    return _State(point, point, 2.0 + zero, peak, lowest, zero == 0, lowest, zero.astype(jnp.int32), found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
-    logits_fn, ball, goal, x, labels = context.problem
-    loss, success, gradient = base.value_and_gradient(logits_fn, goal, state.point, labels)
-    best = base.better(state.best, base.Candidate(state.point, success, loss))
-    peak = _choose(loss > state.peak.loss, _Peak(state.point, gradient, loss), state.peak)
+    ball, x = context.problem.ball, context.problem.x
+    seen, gradient = base.value_and_gradient(context.problem, state.point)
+    loss = seen.loss
+    peak = base.choose(loss > state.peak.loss, _Peak(state.point, gradient, loss), state.peak)
     num_rises = state.num_rises + ((loss > state.last_loss) & (i > 0)).astype(jnp.int32)
 
     window = context.windows[i]
@@ -149,7 +146,7 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     has_stalled = num_rises.astype(x.dtype) <= context.rho * window.astype(x.dtype)
     is_halved = is_check & (has_stalled | (~state.was_halved & (state.peak_loss_at_check >= peak.loss)))
     share = jnp.where(is_halved, 0.5 * state.share, state.share)
-    point, gradient = _choose(is_halved, (peak.point, peak.gradient), (state.point, gradient))
+    point, gradient = base.choose(is_halved, (peak.point, peak.gradient), (state.point, gradient))
 
     towards = base.ascend(ball, x, point, gradient, norms.expand(share, x) * ball.radius(x))
     alpha = jnp.where(i > 0, context.alpha, 1.0)
@@ -157,13 +154,12 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     return _State(
         ball.project(moved, x), point, share, peak,
         jnp.where(is_check, peak.loss, state.peak_loss_at_check), jnp.where(is_check, is_halved, state.was_halved),
-        loss, jnp.where(is_check, 0, num_rises), best,
+        loss, jnp.where(is_check, 0, num_rises), base.spend(state.found, seen, gradients=1),
     )
 
 
-def _choose(where: Array, new: _Tree, old: _Tree) -> _Tree:
-    return jax.tree.map(lambda a, b: jnp.where(norms.expand(where, a), a, b), new, old)
+def _finish(context: _Context, state: _State) -> base.Found:
+    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
 
 
-def _finish(context: _Context, state: _State) -> base.Candidate:
-    return base.better(state.best, base.evaluate(context.problem, state.point))
+_METHOD = driver.Method(_start, _step, _finish)

@@ -4,26 +4,25 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rdx.attacks import base
+from rdx.attacks import base, driver
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
 
 class _Context(NamedTuple):
-    problem: base.Problem
-    step_size: Array
+    problem: base.Problem  # its data is the step size
 
 
 class _State(NamedTuple):
     point: Array
-    best: base.Candidate
+    found: base.Found
 
 
 def pgd(
     key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, goal: Goal | None = None,
     index: ArrayLike | None = None, num_steps: int = 40, step_size: ArrayLike | None = None, num_restarts: int = 1,
-    random_start: bool = True, loop: base.Loop = "auto",
+    random_start: bool = True, loop: driver.Loop = driver.AUTO,
 ) -> AttackResult:
     """Climbs the loss by projected steepest ascent from a random point of the ball.
 
@@ -46,7 +45,7 @@ def pgd(
             `2.5 * eps / num_steps` by default, with which every point of the ball can be reached.
         num_restarts: number of random starts.
         random_start: whether to start at a random point of the ball or at `x`.
-        loop: see `rdx.attacks.base.iterate`.
+        loop: see `rdx.attacks.driver.Loop`.
 
     Returns:
         The attack's result: `1 + num_restarts` forward passes, `num_steps * num_restarts` gradients.
@@ -56,32 +55,34 @@ def pgd(
     """
     if num_restarts > 1 and not random_start:
         raise ValueError("Restarts from the clean input all repeat the first: use random_start=True or num_restarts=1.")
-    problem, clean = base.begin(logits_fn, x, labels, ball, goal)
+    problem, found = base.begin(logits_fn, x, labels, ball, goal)
     size = 2.5 / num_steps * jnp.asarray(problem.ball.eps) if step_size is None else step_size
-    context = _Context(problem, jnp.asarray(size, problem.x.dtype))
-    best = base.restart(
-        _start_at_random if random_start else _start_at_clean, _step, _finish, context,
-        base.example_keys(key, problem.x, index), clean, num_steps=num_steps, num_restarts=num_restarts, loop=loop,
+    found, trace = driver.run(
+        _FROM_RANDOM if random_start else _FROM_CLEAN, _Context(problem._replace(data=base.per_example(size, problem.x))),
+        base.example_keys(key, problem.x, index), found, num_steps=num_steps, num_restarts=num_restarts, loop=loop,
     )
-    return base.report(problem, best, forwards=1 + num_restarts, gradients=num_steps * num_restarts)
+    return base.report(problem, found, trace)
 
 
-def _start_at_random(context: _Context, keys: Key, best: base.Candidate) -> _State:
-    return _State(context.problem.ball.sample(keys, context.problem.x), best)
+def _start_at_random(context: _Context, keys: Key, found: base.Found) -> _State:
+    return _State(context.problem.ball.sample(keys, context.problem.x), found)
 
 
-def _start_at_clean(context: _Context, keys: Key, best: base.Candidate) -> _State:
+def _start_at_clean(context: _Context, keys: Key, found: base.Found) -> _State:
     del keys
-    return _State(context.problem.x, best)
+    return _State(context.problem.x, found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     del i
-    logits_fn, ball, goal, x, labels = context.problem
-    loss, success, gradient = base.value_and_gradient(logits_fn, goal, state.point, labels)
-    best = base.better(state.best, base.Candidate(state.point, success, loss))
-    return _State(base.ascend(ball, x, state.point, gradient, context.step_size), best)
+    ball, x = context.problem.ball, context.problem.x
+    seen, gradient = base.value_and_gradient(context.problem, state.point)
+    point = base.ascend(ball, x, state.point, gradient, context.problem.data)
+    return _State(point, base.spend(state.found, seen, gradients=1))
 
 
-def _finish(context: _Context, state: _State) -> base.Candidate:
-    return base.better(state.best, base.evaluate(context.problem, state.point))
+def _finish(context: _Context, state: _State) -> base.Found:
+    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
+
+
+_FROM_RANDOM, _FROM_CLEAN = (driver.Method(start, _step, _finish) for start in (_start_at_random, _start_at_clean))

@@ -1,0 +1,65 @@
+"""The state of an interrupted attack in one file."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rdx.types import Array, PyTree
+
+
+def digest(settings: tuple[Any, ...], arrays: PyTree) -> str:
+    """Computes what identifies a run: its settings and everything that it was given."""
+    found = hashlib.sha256(repr(settings).encode())
+    for leaf in jax.tree.leaves(arrays):
+        values = _plain(leaf)
+        found.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
+    return found.hexdigest()
+
+
+def save(path: str | Path, fingerprint: str, tree: PyTree) -> None:
+    """Writes the leaves of a tree by renaming, so that a reader finds the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".npz")
+    with os.fdopen(handle, "wb") as file:
+        leaves = {f"leaf{i}": _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        np.savez(file, fingerprint=fingerprint, **leaves)
+    os.replace(temporary, path)
+
+
+def load(path: str | Path, fingerprint: str, like: PyTree) -> PyTree:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+        fingerprint: of the run that wants to go on.
+        like: a tree of the saved one's structure, whose leaves tell which are keys.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: if another run wrote the file.
+    """
+    with np.load(path) as saved:
+        if str(saved["fingerprint"]) != fingerprint:
+            raise ValueError(f"{path} belongs to a run with other inputs or settings: delete it or name another file.")
+        leaves, structure = jax.tree.flatten(like)
+        return structure.unflatten(_revived(saved[f"leaf{i}"], leaf) for i, leaf in enumerate(leaves))
+
+
+def _plain(leaf: Array | np.ndarray) -> np.ndarray:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def _revived(values: np.ndarray, like: Any) -> Array:
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(values), impl=jax.random.key_impl(like))
+    return jnp.asarray(values)
