@@ -12,6 +12,7 @@ from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
+
 class _Context(NamedTuple):
     problem: base.Problem
     windows: Array  # [num_steps]: length of the window that evaluation i closes, 0 where it closes none

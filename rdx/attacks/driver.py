@@ -7,9 +7,9 @@ An attack is a `Method`, module-level functions over explicit pytrees:
     finish(context, state) -> Found
 
 `context` holds what stays fixed. Its field `problem` has all of it that differs from example to example: inputs,
-labels, targets, radii and `problem.data`; every other leaf belongs to all of them. `state` is what the steps carry along, every leaf with the
-batch axis first; its field `found` is the strongest input so far and its cost. So examples can be dropped when they are
-done, and none notices who else is there.
+labels, targets, radii and `problem.data`; every other leaf belongs to all of them. `state` is what the steps carry
+along, every leaf with the batch axis first; its field `found` is the strongest input so far and its cost. So examples
+can be dropped when they are done, and none notices who else is there.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import numpy as np
 
 from rdx.attacks import base, resumption
 from rdx.attacks.base import Found, Problem
+from rdx.balls import Ball
 from rdx.types import Array, ArrayLike, Key, Trace
 
 # Examples that run are never fewer than this in an array: compiling for less does not pay.
@@ -329,16 +330,15 @@ def _rows_of(context: Any, rows: np.ndarray) -> Any:
     problem: Problem = context.problem
     x, size = problem.x, len(problem.labels)
 
-    def taken(value: Array) -> Array:
-        is_batched = value.ndim == x.ndim and value.shape[0] == size
-        return value[rows] if is_batched else value
+    def taken(value: Any, axes: tuple[int, ...]) -> Array:
+        return value[rows] if value.ndim in axes and len(value) == size else value
 
-    ball = problem.ball
-    eps = ball.eps[rows] if ball.eps.ndim == 1 and x.ndim > 1 and len(ball.eps) == size else taken(ball.eps)
-    ball = dataclasses.replace(ball, eps=eps, low=taken(ball.low), high=taken(ball.high))
-    goal = problem.goal._replace(data=jax.tree.map(lambda leaf: leaf[rows], problem.goal.data))
-    data = jax.tree.map(lambda leaf: leaf[rows], problem.data)
-    return context._replace(problem=Problem(problem.logits_fn, ball, goal, x[rows], problem.labels[rows], data))
+    # A radius of one axis has one value for each example; the ends of the box are broadcast.
+    ball, axes = problem.ball, (x.ndim,)
+    ball = Ball(ball.norm, taken(ball.eps, (1, x.ndim)), taken(ball.low, axes), taken(ball.high, axes))
+    data, others = jax.tree.map(lambda leaf: leaf[rows], (problem.goal.data, problem.data))
+    goal = problem.goal._replace(data=data)
+    return context._replace(problem=Problem(problem.logits_fn, ball, goal, x[rows], problem.labels[rows], others))
 
 
 # Module-level, with static plans, so that compilations are cached; inside an outer `jit` they are inlined.

@@ -57,9 +57,10 @@ def pgd(
         raise ValueError("Restarts from the clean input all repeat the first: use random_start=True or num_restarts=1.")
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     size = 2.5 / num_steps * jnp.asarray(problem.ball.eps) if step_size is None else step_size
+    problem = problem._replace(data=base.per_example(size, problem.x))
     found, trace = driver.run(
-        _FROM_RANDOM if random_start else _FROM_CLEAN, _Context(problem._replace(data=base.per_example(size, problem.x))),
-        base.example_keys(key, problem.x, index), found, num_steps=num_steps, num_restarts=num_restarts, loop=loop,
+        _FROM_RANDOM if random_start else _FROM_CLEAN, _Context(problem), base.example_keys(key, problem.x, index),
+        found, num_steps=num_steps, num_restarts=num_restarts, loop=loop,
     )
     return base.report(problem, found, trace)
 

@@ -28,7 +28,7 @@ def save(path: str | Path, fingerprint: str, tree: PyTree) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".npz")
     with os.fdopen(handle, "wb") as file:
-        leaves = {f"leaf{i}": _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        leaves: dict[str, Any] = {f"leaf{i}": _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         np.savez(file, fingerprint=fingerprint, **leaves)
     os.replace(temporary, path)
 
