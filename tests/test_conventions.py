@@ -18,6 +18,8 @@ FORBIDDEN = {"rng", "rngs", "seed", "prng", "lb", "ub", "epsilon", "device"}
 # Arguments that may be given by place although they have a default.
 BY_PLACE = {
     "rdx.attacks.base.example_keys": {"index"},  # as natural as the inputs that it numbers
+    "rdx.attacks.base.report": {"trace"},  # there or not, as the driver returns it
+    "rdx.attacks.base.report_nearest": {"trace"},
     "rdx.balls.Ball.contains": {"tolerance"},
     "rdx.balls.check_labels": {"num_classes"},
     "rdx.data.loader.data_mesh": {"num_devices"},
@@ -30,7 +32,7 @@ BY_PLACE = {
     "rdx.models.onnx_node.Node.get": {"default"},  # as of a dict
     **{f"rdx.models.cnn.{name}": {"num_classes"} for name in ("a5_classifier", "bench_cnn", "digits_cnn", "small_cnn")},
 }
-KEYS_LATER = {"rdx.attacks.base.restart"}  # the driver: first the functions that it drives
+KEYS_LATER = {"rdx.attacks.driver.run"}  # the driver: first the functions that it drives
 SEEDED = {"rdx.data.sampler.Sampler"}  # numbers a permutation on the host, draws nothing with jax
 
 
@@ -129,8 +131,8 @@ def test_forbidden_names():
 
 def test_files_of_techniques_cite_their_source():
     supports = {
-        "base", "certify", "chunks", "composites", "cost", "details", "graph", "interval", "linear", "propagation",
-        "relaxations", "rewrites", "tracing", "__init__",
+        "base", "certify", "chunks", "composites", "cost", "details", "driver", "graph", "interval", "linear",
+        "propagation", "relaxations", "resumption", "rewrites", "tracing", "__init__",
     }
     for room in ("attacks", "bounds", "robustify"):
         for path in sorted((ROOT / room).glob("*.py")):

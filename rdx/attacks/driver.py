@@ -211,7 +211,7 @@ class _Run:
         self.plan, self.all_context, self.all_keys, self.loop = plan, context, keys, loop
         self.context, self.keys, self.num_steps, self.num_restarts = context, keys, num_steps, num_restarts
         self.whole, self.standing = found, len(found.forwards)
-        self.rows, self.traces = np.arange(self.standing), []
+        self.rows, self.traces, self.running = np.arange(self.standing), [], self.standing
         devices = found.best.x.devices()
         self.is_compact = len(devices) == 1  # without rows of its own a device would be idle
         on_cpu = all(device.platform == "cpu" for device in devices)
@@ -223,7 +223,7 @@ class _Run:
         state, r, first = self._resume()
         while r < self.num_restarts and self.standing:
             if state is None:
-                found, _ = self._drop_halted(jax.tree.map(lambda leaf: leaf[self.rows], self.whole), None)
+                found, _ = self._drop_halted(self._found(), None)
                 if not self.standing:
                     break
                 state = _call_init(self.plan, self.context, self.keys, found, np.int32(r))
@@ -242,7 +242,7 @@ class _Run:
             _, state = self._drop_halted(state.found, state)
             if self.loop.progress is not None:
                 done = r * self.num_steps + end
-                self.loop.progress(done, self.num_restarts * self.num_steps, self.standing)
+                self.loop.progress(done, self.num_restarts * self.num_steps, self.running)
             if not self.standing:
                 return
             if self.loop.checkpoint is not None:
@@ -265,13 +265,14 @@ class _Run:
         return state
 
     def _drop_halted(self, found: Found, state: Any) -> tuple[Found, Any]:
-        """Keeps those still running, in arrays of the next power of two, once half of the present size would do."""
+        """Keeps those still running, in arrays of the next power of two, once that saves a quarter."""
         if not _may_halt(self.plan):
             return found, state
         halted = np.asarray(_call_halted(self.plan, self.context, found))
         alive = np.flatnonzero(~halted[: self.standing])
+        self.running = len(alive)
         size = max(_LEAST_SIZE, 1 << max(len(alive) - 1, 0).bit_length())
-        if len(alive) and (not self.is_compact or 2 * size > len(self.rows)):
+        if len(alive) and (not self.is_compact or 4 * size > 3 * len(self.rows)):
             return found, state
         self._keep(found)
         taken = np.resize(alive, size if len(alive) else 0)
@@ -281,6 +282,11 @@ class _Run:
     def _take(self, rows: np.ndarray, standing: int) -> None:
         self.rows, self.standing = rows, standing
         self.keys, self.context = self.all_keys[rows], _rows_of(self.all_context, rows)
+
+    def _found(self) -> Found:
+        if len(self.rows) == len(self.whole.forwards):
+            return self.whole
+        return jax.tree.map(lambda leaf: leaf[self.rows], self.whole)
 
     def _keep(self, found: Found) -> None:
         rows, num = self.rows[: self.standing], self.standing

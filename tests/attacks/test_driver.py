@@ -1,5 +1,6 @@
 """The driver: one loop with three faces, best-so-far, restarts, compilations, and checks before long work."""
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -10,24 +11,9 @@ import pytest
 from jax.tree_util import Partial
 
 from rdx import attacks, goals, losses
-from rdx.attacks import base
+from rdx.attacks import base, driver
 from rdx.balls import Ball
 from rdx.goals import Goal
-
-LOOPS = ("auto", "host", "compiled")
-
-
-class _Counter(NamedTuple):
-    total: jax.Array
-    trail: jax.Array
-
-
-def _count(context, state, i):
-    return _Counter(state.total + context * i.astype(jnp.float32), state.trail.at[i].set(i))
-
-
-def _counter():
-    return _Counter(jnp.zeros(()), jnp.full(10, -1))
 
 
 def _linear(parameters, x):
@@ -53,42 +39,223 @@ def _batch(num=5):
     return x, _wavy_model()(x).argmax(axis=1)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_every_step_runs_once_in_order(loop):
-    final = base.iterate(_count, jnp.float32(2.0), _counter(), 7, loop=loop)
-    assert final.total == 2.0 * sum(range(7))
-    np.testing.assert_array_equal(final.trail, [0, 1, 2, 3, 4, 5, 6, -1, -1, -1])
+class _Context(NamedTuple):
+    problem: base.Problem
+    gain: jax.Array
+
+
+class _State(NamedTuple):
+    point: jax.Array
+    trail: jax.Array
+    found: base.Found
+
+
+def _init(context, keys, found):
+    x = context.problem.x
+    return _State(x + 0.01 * jax.vmap(lambda k: jax.random.uniform(k, x.shape[1:]))(keys), _trail(x), found)
+
+
+def _trail(x):
+    return jnp.full((len(x), 10), -1)
+
+
+def _step(context, state, i):
+    point = state.point + context.gain
+    seen = base.evaluate(context.problem, point)
+    return _State(point, state.trail.at[:, i].set(i), base.spend(state.found, seen, forwards=1))
+
+
+METHOD = driver.Method(_init, _step)
+
+
+def _sum(x):
+    return x.sum(axis=1, keepdims=True)
+
+
+def _over(threshold):
+    data = (jnp.asarray(threshold, jnp.float32),)
+    return Goal(Partial(lambda z, y, t: z[:, 0] - t), Partial(lambda z, y, t: z[:, 0] > t), data)
+
+
+def _climb(x, threshold, loop=driver.AUTO, *, gain=1.0, num_steps=7, num_restarts=1, stops=True):
+    x = jnp.asarray(x, jnp.float32)
+    ball = Ball("linf", 100.0, -jnp.inf, jnp.inf)
+    problem, found = base.begin(Partial(_sum), x, jnp.zeros(len(x), int), ball, _over(threshold))
+    return driver.run(
+        METHOD, _Context(problem, jnp.asarray(gain)), base.example_keys(jax.random.key(0), x), found,
+        num_steps=num_steps, num_restarts=num_restarts, stops=stops, loop=loop,
+    )
+
+
+LOOPS = tuple(attacks.Loop(kind, chunk=3) for kind in ("auto", "host", "compiled"))
+X = np.zeros((20, 1), np.float32)
+# Example i is done after step i; those beyond the seventh never are.
+THRESHOLD = np.arange(20) + 0.5
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_iterate_under_jit_vmap_and_grad(loop):
-    def total(scale):
-        return base.iterate(_count, scale, _counter(), 5, loop=loop).total
-
-    assert jax.jit(total)(3.0) == 30.0
-    np.testing.assert_allclose(jax.vmap(total)(jnp.arange(3.0)), [0.0, 10.0, 20.0])
-    assert jax.grad(total)(1.0) == 10.0
-    assert jax.jit(jax.grad(total))(1.0) == 10.0
+def test_examples_stop_when_they_are_done_and_pay_until_then(loop):
+    found, trace = _climb(X, THRESHOLD, loop)
+    np.testing.assert_array_equal(found.forwards, 1 + np.minimum(np.arange(20) + 1, 7))
+    np.testing.assert_array_equal(found.best.success, np.arange(20) < 7)
+    np.testing.assert_allclose(found.best.x[:, 0], np.minimum(np.arange(20) + 1, 7), atol=0.02)
+    assert trace is None
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_progress_reports_chunks_and_changes_nothing(loop):
+def test_nothing_stops_that_shall_not(loop):
+    found, _ = _climb(X, THRESHOLD, dataclasses.replace(loop, stop=False))
+    np.testing.assert_array_equal(found.forwards, 8)
+    np.testing.assert_allclose(found.best.x[:, 0], 7, atol=0.02)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_step_runs_once_in_order_under_jit_vmap_and_grad(loop):
+    def total(gain):
+        return _climb(X, THRESHOLD, loop, gain=gain, stops=False, num_steps=5)[0].best.loss.sum()
+
+    expected = 20 * 5 * 2.0 - THRESHOLD.sum()
+    np.testing.assert_allclose([total(2.0), jax.jit(total)(2.0)], expected, atol=0.3)
+    np.testing.assert_allclose(jax.vmap(total)(jnp.arange(1.0, 3.0)), [expected - 100, expected], atol=0.3)
+    for gradient in (jax.grad(total), jax.jit(jax.grad(total))):
+        assert gradient(1.0) == 100.0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_trace_tells_the_course_of_every_example(loop):
+    loop = dataclasses.replace(loop, trace=True)
+    found, trace = _climb(X, THRESHOLD, loop, num_restarts=2)
+    steps = np.arange(1, 8)[:, None]
+    np.testing.assert_array_equal(trace.success[:7], steps > np.arange(20)[None])
+    np.testing.assert_array_equal(trace.forwards[:7], 1 + np.minimum(steps, np.arange(20)[None] + 1))
+    np.testing.assert_allclose(trace.distance[:7], np.minimum(steps, np.arange(20)[None] + 1), atol=0.02)
+    np.testing.assert_array_equal(trace.forwards[-1], found.forwards)
+    np.testing.assert_array_equal(found.forwards[7:], 15)
+    np.testing.assert_array_equal(trace.loss[-1], found.best.loss)
+    traced = jax.jit(lambda x: _climb(x, THRESHOLD, loop, num_restarts=2)[1])(X)
+    for a, b in zip(trace, traced, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_budgets_end_before_a_step(loop):
+    found, _ = _climb(X, THRESHOLD, dataclasses.replace(loop, max_queries=4), num_restarts=2)
+    np.testing.assert_array_equal(found.forwards, np.minimum(2 + np.arange(20), 4))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_progress_tells_who_is_still_running(loop):
     seen = []
-    final = base.iterate(_count, jnp.float32(1.0), _counter(), 10, loop=loop, progress=seen.append, chunk=4)
-    assert seen == [4, 8, 10]
-    np.testing.assert_array_equal(final.trail, np.arange(10))
+    loop = dataclasses.replace(loop, progress=lambda *numbers: seen.append(numbers))
+    _climb(X, THRESHOLD, loop, num_restarts=2)
+    assert [numbers[:2] for numbers in seen] == [(3, 14), (6, 14), (7, 14), (10, 14), (13, 14), (14, 14)]
+    assert [numbers[2] for numbers in seen] == [17, 14, 13, 13, 13, 13]
+    quiet = _climb(X, THRESHOLD, dataclasses.replace(loop, progress=None), num_restarts=2)[0]
+    found = _climb(X, THRESHOLD, loop, num_restarts=2)[0]
+    for a, b in zip(jax.tree.leaves(quiet), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_everything_done_ends_the_run():
+    seen = []
+    _climb(X[:5], THRESHOLD[:5], attacks.Loop(chunk=2, progress=lambda *numbers: seen.append(numbers)), num_restarts=9)
+    assert [numbers[0] for numbers in seen] == [2, 4, 6]
+    assert seen[-1][2] == 0
+
+
+class _KilledError(Exception):
+    pass
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_the_callers_arrays_survive(loop):
-    state = _counter()
-    base.iterate(_count, jnp.float32(1.0), state, 3, loop=loop)
-    np.testing.assert_array_equal(state.trail, -1)
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+def test_an_interrupted_run_goes_on(loop, after, tmp_path):
+    loop = dataclasses.replace(loop, trace=True, checkpoint=tmp_path / "state.npz")
+    expected = _climb(X, THRESHOLD, dataclasses.replace(loop, checkpoint=None), num_restarts=2)
+    calls = []
+
+    def kill(*numbers):
+        calls.append(numbers)
+        if len(calls) == after + 1:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        _climb(X, THRESHOLD, dataclasses.replace(loop, progress=kill), num_restarts=2)
+    seen = []
+    found = _climb(X, THRESHOLD, dataclasses.replace(loop, progress=lambda *n: seen.append(n)), num_restarts=2)
+    assert seen[0] == calls[after]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    loop = attacks.Loop(chunk=3, checkpoint=tmp_path / "state.npz")
+
+    def kill(*numbers):
+        if numbers[0] > 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        _climb(X, THRESHOLD, dataclasses.replace(loop, progress=kill))
+    for others in ({"x": X + 1}, {"threshold": THRESHOLD + 1}, {"num_steps": 8}):
+        with pytest.raises(ValueError, match="delete it or name another file"):
+            _climb(**{"x": X, "threshold": THRESHOLD} | others, loop=loop)
+
+
+def test_the_callers_arrays_survive():
+    x = jnp.asarray(X)
+    _climb(x, THRESHOLD)
+    np.testing.assert_array_equal(x, X)
 
 
 def test_unknown_loops_are_named():
     with pytest.raises(ValueError, match=r"'fast'.*'compiled'"):
-        base.iterate(_count, jnp.float32(1.0), _counter(), 1, loop="fast")
+        _climb(X, THRESHOLD, attacks.Loop("fast"))
+    with pytest.raises(ValueError, match="at least 1"):
+        _climb(X, THRESHOLD, attacks.Loop(chunk=0))
+
+
+def test_radii_and_boxes_follow_their_examples(key):
+    # Some are done at once, so that the rest runs in smaller arrays.
+    x, y = _batch(40)
+    model, radii = _wavy_model(), jnp.linspace(0.0, 0.2, 40)
+    low = jnp.maximum(x - jnp.linspace(0.05, 0.3, 40)[:, None, None], 0.0)
+    for eps in (radii, radii[:, None, None] * jnp.ones_like(x)):
+        ball = Ball("linf", eps, low, 1.0)
+        stopped, full = (
+            attacks.pgd(key, model, x, y, ball=ball, num_steps=12, loop=attacks.Loop(stop=stop, chunk=2))
+            for stop in (True, False)
+        )
+        np.testing.assert_array_equal(stopped.success, full.success)
+        failed = ~np.asarray(full.success)
+        np.testing.assert_allclose(stopped.x_adv[failed], full.x_adv[failed], atol=1e-5)
+        assert ball.contains(stopped.x_adv, x).all()
+        assert 0 < failed.sum() < 32
+        assert stopped.gradients.sum() < full.gradients.sum()
+
+
+def test_many_points_of_each_example_are_evaluated_together():
+    goal, ball = _over([0.5, 1.5, 2.5]), Ball("l2", 1.0)
+    problem, _ = base.begin(Partial(_sum), jnp.asarray(X[:3]), jnp.zeros(3, int), ball, goal)
+    points = jnp.arange(12.0).reshape(3, 4, 1)
+    success, loss = base.evaluate_many(problem, points)
+    np.testing.assert_allclose(loss, points[:, :, 0] - jnp.array([[0.5], [1.5], [2.5]]))
+    np.testing.assert_array_equal(success, loss > 0)
+    success = jnp.array([[False] * 4, [False, True, True, False], [True] * 4])
+    loss = jnp.array([[-3.0, jnp.nan, -1.0, -2.0], [9.0, 1.0, 2.0, 9.0], [jnp.nan, -jnp.inf, 3.0, 2.0]])
+    best = base.strongest(points, success, loss)
+    np.testing.assert_array_equal(best.x[:, 0], [2.0, 6.0, 10.0])
+    np.testing.assert_array_equal(best.success, [False, True, True])
+
+
+def test_nearer_orders_by_success_then_distance():
+    problem, _ = base.begin(Partial(_sum), jnp.zeros((4, 1)), jnp.zeros(4, int), Ball("l2", 1.0), _over([0.5] * 4))
+    old = base.Candidate(jnp.full((4, 1), 0.5), jnp.array([True, False, False, True]), jnp.zeros(4))
+    new = base.Candidate(jnp.array([[0.2], [0.9], [0.1], [0.5]]), jnp.array([True, True, False, True]), jnp.ones(4))
+    kept = base.nearer(problem, old, new)
+    np.testing.assert_allclose(kept.x[:, 0], [0.2, 0.9, 0.5, 0.5])
+    np.testing.assert_array_equal(kept.loss, [1, 1, 0, 0])
 
 
 @pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
@@ -97,7 +264,7 @@ def test_all_loops_agree(attack, key):
     model = _wavy_model()
 
     def run(eps, loop):
-        return attack(key, model, x, y, ball=Ball("linf", eps), num_steps=4, num_restarts=2, loop=loop)
+        return attack(key, model, x, y, ball=Ball("linf", eps), num_steps=4, num_restarts=2, loop=attacks.Loop(loop))
 
     expected = run(0.1, "host")
     compiled = jax.jit(run, static_argnums=1)
@@ -230,7 +397,7 @@ def test_one_trace_per_signature(attack, loop):
     for trial, eps in enumerate((0.1, 0.2, 1, np.float32(0.3), jnp.float32(0.4))):
         model = Partial(counting, jax.random.normal(jax.random.key(trial), (6, 3)))
         options = {"step_size": eps / 3} if attack is attacks.pgd else {"rho": 0.5 + 0.1 * trial}
-        options |= {"ball": Ball("linf", eps), "num_steps": 4, "num_restarts": 2, "loop": loop}
+        options |= {"ball": Ball("linf", eps), "num_steps": 4, "num_restarts": 2, "loop": attacks.Loop(loop)}
         attack(jax.random.key(trial), model, x, y, **options)
         if trial == 0:
             first = len(traces)
@@ -290,7 +457,7 @@ def test_limit_keeps_what_lies_in_the_ball(key):
     far = x + jnp.array([[0.05, 0.0], [0.2, 0.0], [0.0, -0.1]])
     result = base.report(
         base.Problem(Partial(_linear, jnp.eye(2)), Ball("linf", 1.0), goals.misclassify(), x, y),
-        base.Candidate(far, jnp.ones(3, bool), jnp.ones(3)), forwards=1, gradients=0,
+        base.Found(base.Candidate(far, jnp.ones(3, bool), jnp.ones(3)), *[jnp.ones(3, int)] * 2),
     )
     np.testing.assert_allclose(result.distance, [0.05, 0.2, 0.1], rtol=1e-5)
     kept = attacks.limit(result, x, Ball("linf", 0.1))

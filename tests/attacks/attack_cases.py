@@ -1,0 +1,36 @@
+"""Every public attack with settings for the small net of the battery: one line each."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from rdx import attacks
+
+ALL = ("linf", "l2", "l1")
+
+
+class Case(NamedTuple):
+    """An attack as the battery runs it.
+
+    Attributes:
+        attack: the attack, with few steps.
+        norms: the norms that it handles.
+        is_random: whether it takes a key.
+        has_restarts: whether it takes `num_restarts`.
+        breaks: how many of the seven correct examples of the battery it has to break at least, with those few steps.
+        rtol: how far losses may differ between ways of running it: sums in another order, amplified by the steps.
+    """
+
+    attack: Callable[..., Any]
+    norms: tuple[str, ...] = ALL
+    is_random: bool = True
+    has_restarts: bool = False
+    breaks: int = 1
+    rtol: float = 1e-4
+
+
+CASES = {
+    "fgsm": Case(attacks.fgsm, is_random=False),
+    "pgd": Case(partial(attacks.pgd, num_steps=6), has_restarts=True),
+    "apgd": Case(partial(attacks.apgd, num_steps=12), ("linf", "l2"), has_restarts=True),
+}
