@@ -167,7 +167,7 @@ class Ball:
             scaled = gradient / norms.expand(jnp.where(largest == 0, 1.0, largest), gradient)
             return scaled / norms.expand(jnp.maximum(norms.l2(scaled), 1.0), gradient)
         magnitude = jnp.abs(norms.flatten(gradient))
-        threshold = _exceeded_by(magnitude, max(1, round(_L1_STEP_SHARE * magnitude.shape[1])))
+        threshold = exceeded_by(magnitude, max(1, round(_L1_STEP_SHARE * magnitude.shape[1])))
         moved = jnp.where(jnp.abs(gradient) > norms.expand(threshold, gradient), jnp.sign(gradient), 0.0)
         return moved / norms.expand(jnp.maximum(norms.l1(moved), 1.0), gradient)
 
@@ -287,10 +287,17 @@ def _project_by_bisection(ball: Ball, point: Array, center: Array) -> Array:
     return center + jnp.clip(moved, low, high).reshape(point.shape)
 
 
-def _exceeded_by(values: Array, count: int) -> Array:
-    """Finds the highest level that at least `count` of the values `[B, D]` exceed, 0 if fewer are positive.
+def exceeded_by(values: Array, count: ArrayLike) -> Array:
+    """Finds the highest level that at least `count` of the values exceed, 0 if fewer are positive.
 
     Bisection, because `top_k` costs far more than a small network's gradient on CPUs.
+
+    Args:
+        values: shape `[B, D]`.
+        count: a number, or one for each example, shape `[B]`, int.
+
+    Returns:
+        Level, shape `[B]`.
     """
 
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
