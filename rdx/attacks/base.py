@@ -7,10 +7,11 @@ compiled once per closure object, so build it once and keep it.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.tree_util import Partial
 
@@ -79,6 +80,21 @@ def per_example(value: ArrayLike, x: Array) -> Array:
     value = jnp.asarray(value, x.dtype)
     value = norms.expand(value, x) if value.ndim == 1 and x.ndim > 1 else value
     return jnp.broadcast_to(value, jnp.broadcast_shapes(value.shape, (len(x),) + (1,) * (x.ndim - 1)))
+
+
+def take(problem: Problem, rows: np.ndarray) -> Problem:
+    """Restricts a problem to some of its examples, given by their places."""
+    x, size = problem.x, len(problem.labels)
+
+    def taken(value: Any, axes: tuple[int, ...]) -> Array:
+        return value[rows] if value.ndim in axes and len(value) == size else value
+
+    # A radius of one axis has one value for each example; the ends of the box are broadcast.
+    ball, axes = problem.ball, (x.ndim,)
+    ball = Ball(ball.norm, taken(ball.eps, (1, x.ndim)), taken(ball.low, axes), taken(ball.high, axes))
+    data, others = jax.tree.map(lambda leaf: leaf[rows], (problem.goal.data, problem.data))
+    goal = problem.goal._replace(data=data)
+    return Problem(problem.logits_fn, ball, goal, x[rows], problem.labels[rows], others)
 
 
 def begin(

@@ -24,7 +24,6 @@ import numpy as np
 
 from rdx.attacks import base, resumption
 from rdx.attacks.base import Found, Problem
-from rdx.balls import Ball
 from rdx.types import Array, ArrayLike, Key, Trace
 
 # Examples that run are never fewer than this in an array: compiling for less does not pay.
@@ -281,7 +280,8 @@ class _Run:
 
     def _take(self, rows: np.ndarray, standing: int) -> None:
         self.rows, self.standing = rows, standing
-        self.keys, self.context = self.all_keys[rows], _rows_of(self.all_context, rows)
+        self.keys = self.all_keys[rows]
+        self.context = self.all_context._replace(problem=base.take(self.all_context.problem, rows))
 
     def _found(self) -> Found:
         if len(self.rows) == len(self.whole.forwards):
@@ -330,21 +330,6 @@ class _Run:
         self.traces = [] if trace is None else [trace]
         self._take(np.asarray(rows), int(place[2]))
         return state, int(place[0]), int(place[1])
-
-
-def _rows_of(context: Any, rows: np.ndarray) -> Any:
-    problem: Problem = context.problem
-    x, size = problem.x, len(problem.labels)
-
-    def taken(value: Any, axes: tuple[int, ...]) -> Array:
-        return value[rows] if value.ndim in axes and len(value) == size else value
-
-    # A radius of one axis has one value for each example; the ends of the box are broadcast.
-    ball, axes = problem.ball, (x.ndim,)
-    ball = Ball(ball.norm, taken(ball.eps, (1, x.ndim)), taken(ball.low, axes), taken(ball.high, axes))
-    data, others = jax.tree.map(lambda leaf: leaf[rows], (problem.goal.data, problem.data))
-    goal = problem.goal._replace(data=data)
-    return context._replace(problem=Problem(problem.logits_fn, ball, goal, x[rows], problem.labels[rows], others))
 
 
 # Module-level, with static plans, so that compilations are cached; inside an outer `jit` they are inlined.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rdx.types import Array, PyTree
+from rdx.types import Array, ArrayLike, PyTree
 
 
 def digest(settings: tuple[Any, ...], arrays: PyTree) -> str:
@@ -54,12 +54,12 @@ def load(path: str | Path, fingerprint: str, like: PyTree) -> PyTree:
         return structure.unflatten(_revived(saved[f"leaf{i}"], leaf) for i, leaf in enumerate(leaves))
 
 
-def _plain(leaf: Array | np.ndarray) -> np.ndarray:
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _plain(leaf: ArrayLike) -> np.ndarray:
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
-def _revived(values: np.ndarray, like: Any) -> Array:
+def _revived(values: np.ndarray, like: Any) -> Array | np.ndarray:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jnp.asarray(values), impl=jax.random.key_impl(like))
-    return jnp.asarray(values)
+    return values if isinstance(like, np.ndarray) else jnp.asarray(values)

@@ -8,13 +8,15 @@ an attack or in the bookkeeping, and no table is made of it.
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rdx import bounds, compilation
+from rdx.attacks import resumption
 from rdx.balls import Ball, check_labels
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
@@ -66,6 +68,7 @@ def evaluate(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
     method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Evaluation:
     """Evaluates a classifier on inputs that may have been defended already.
 
@@ -86,25 +89,38 @@ def evaluate(
         batch_size: examples per compiled call; the last batch is filled up, never dropped.
         index: place of each example in the data set, shape `[N]`; 0..N-1 by default.
         on_progress: called with a stage's name, the examples done and their total.
+        checkpoint: a file in which certificates and every finished batch of attacks are kept; an evaluation that was
+            interrupted goes on from there, and the file disappears at the end.
 
     Returns:
         Per-example results.
 
     Raises:
         ContradictionError: where an example is certified and broken.
-        ValueError: on inputs, labels or a ball that do not fit, or an attack that leaves the ball.
+        ValueError: on inputs, labels or a ball that do not fit, an attack that leaves the ball, or the checkpoint of
+            another evaluation.
     """
     report = on_progress or (lambda *_: None)
     label, logits_fn = np.asarray(labels), compilation.as_partial(logits_fn)
     _check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    prediction, certified, margin_lower = _certify(logits_fn, x, label, ball, method, batch_size, report)
-    certified = _confirm(logits_fn, x, label, ball, method, certified, batch_size, report)
+    settings = (tuple(attacks), num_attacked, cross_check, batch_size, method.__module__, method.__qualname__)
+    store = _Store(checkpoint, resumption.digest(settings, (key, logits_fn, x, label, index, ball)))
+    if (saved := store.load()) is None:
+        certificates = _certify(logits_fn, x, label, ball, method, batch_size, report)
+        saved = _Progress(*certificates, _nothing_found(len(label)), np.array([0, 0]))
+        saved = saved._replace(
+            certified=_confirm(logits_fn, x, label, ball, method, saved.certified, batch_size, report)
+        )
+    prediction, certified, margin_lower = saved[:3]
     counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
     is_correct = prediction == label
     checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
     attacked = ((counted & is_correct & ~certified) | checked) & bool(attacks)
-    found = _attack(key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report)
+    found = _attack(
+        key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report, saved, store
+    )
+    store.clear()
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
         attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
@@ -193,19 +209,15 @@ _predict_compiled = jax.jit(_predict)
 
 def _attack(
     key: Key, logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, attacks: Mapping[str, Attack],
-    rows: np.ndarray, index: np.ndarray, batch_size: int, report: Callable,
+    rows: np.ndarray, index: np.ndarray, batch_size: int, report: Callable, saved: "_Progress", store: "_Store",
 ) -> dict[str, Any]:
-    total = len(labels)
-    found = {
-        "success": np.zeros(total, bool), "adversarial_prediction": np.zeros(total, np.int64),
-        "distance": np.zeros(total, np.float32), "forwards": np.zeros(total, np.int64),
-        "gradients": np.zeros(total, np.int64), "broken_by": np.full(total, -1, np.int64),
-    }
-    for number, (name, attack) in enumerate(attacks.items()):
-        standing = rows[~found["success"][rows]]
+    found, (first, begun) = saved.found, saved.place
+    for number, (name, attack) in list(enumerate(attacks.items()))[first:]:
+        # An attack that was interrupted meets again whom it broke before.
+        standing = rows[np.isin(found["broken_by"][rows], (-1, number))]
         # A name's key is its own, whichever attacks run beside it.
         attack_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        for start in range(0, len(standing), batch_size):
+        for start in range(begun if number == first else 0, len(standing), batch_size):
             taken = standing[start : start + batch_size]
             filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
             result = attack(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
@@ -220,7 +232,48 @@ def _attack(
             for count in ("forwards", "gradients"):
                 found[count][taken] += np.asarray(getattr(result, count))[: len(taken)]
             report(name, start + len(taken), len(standing))
+            store.save(saved._replace(place=np.array([number, start + batch_size])))
     return found
+
+
+class _Progress(NamedTuple):
+    """What an evaluation has done: certificates, what attacks found, and the attack and example that come next."""
+
+    prediction: np.ndarray
+    certified: np.ndarray
+    margin_lower: np.ndarray
+    found: dict[str, np.ndarray]
+    place: np.ndarray
+
+
+class _Store:
+    """Keeps the progress in a file, where one is named."""
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+
+    def load(self) -> _Progress | None:
+        if self.path is None or not Path(self.path).exists():
+            return None
+        none = np.zeros(0)
+        like = _Progress(none, none, none, _nothing_found(0), none)
+        return resumption.load(self.path, self.fingerprint, like)
+
+    def save(self, progress: _Progress) -> None:
+        if self.path is not None:
+            resumption.save(self.path, self.fingerprint, progress)
+
+    def clear(self) -> None:
+        if self.path is not None:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _nothing_found(total: int) -> dict[str, np.ndarray]:
+    return {
+        "success": np.zeros(total, bool), "adversarial_prediction": np.zeros(total, np.int64),
+        "distance": np.zeros(total, np.float32), "forwards": np.zeros(total, np.int64),
+        "gradients": np.zeros(total, np.int64), "broken_by": np.full(total, -1, np.int64),
+    }
 
 
 def _power_of_two(size: int) -> int:

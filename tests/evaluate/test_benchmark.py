@@ -1,5 +1,6 @@
 """The evaluation against closed forms, spies and deliberately broken certifiers and attacks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -263,3 +264,40 @@ def test_progress_covers_every_stage():
     result = _run(attack_set={"pgd": PGD}, on_progress=lambda *row: rows.append(row))
     assert [row for row in rows if row[0] == "certify"] == [("certify", done, N) for done in (16, 32, N)]
     assert rows[-1] == ("pgd", result.attacked.sum(), result.attacked.sum())
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [("confirm", 0), ("pgd", 0), ("pgd", 1), ("apgd", 0)])
+def test_an_interrupted_evaluation_goes_on(after, tmp_path):
+    expected, path, calls, again = _run(batch_size=4), tmp_path / "evaluation.npz", [], []
+
+    def kill(name, *_):
+        calls.append(name)
+        if (name, calls.count(name) - 1) == after:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        _run(batch_size=4, on_progress=kill, checkpoint=path)
+    found = _run(batch_size=4, on_progress=lambda name, *_: again.append(name), checkpoint=path)
+    for field in dataclasses.fields(Evaluation):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name), field.name)
+        assert getattr(found, field.name).dtype == getattr(expected, field.name).dtype
+    # Only what had not been finished was done: the batch that was killed had not been written.
+    assert ("certify" in again) == (after in (("confirm", 0), ("pgd", 0)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_of_another_evaluation_is_refused(tmp_path):
+    path = tmp_path / "evaluation.npz"
+
+    def kill(name, *_):
+        if name == "apgd":
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        _run(on_progress=kill, checkpoint=path)
+    with pytest.raises(ValueError, match="delete it or name another file"):
+        _run(checkpoint=path, ball=Ball("linf", 0.2))

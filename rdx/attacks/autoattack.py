@@ -1,0 +1,244 @@
+"""AutoAttack: a cascade of complementary attacks without parameters to choose (Croce & Hein 2020, arXiv:2003.01690)."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rdx import goals, losses, norms
+from rdx.attacks import adaptive, base, driver, resumption
+from rdx.attacks.apgd import apgd
+from rdx.attacks.apgd_targeted import apgd_targeted
+from rdx.attacks.fab import fab, fab_targeted
+from rdx.attacks.square import square
+from rdx.balls import Ball
+from rdx.goals import Goal
+from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn, Norm, RandomLogitsFn
+
+Attack: TypeAlias = Callable[..., AttackResult]
+# Fillers complete the arrays of the examples that still stand to a power of two, at least this.
+_LEAST_SIZE = 8
+
+
+class Cascade(NamedTuple):
+    """What a cascade found.
+
+    Attributes:
+        result: the strongest inputs, and what all attacks together cost each example.
+        broken_by: place of the attack that succeeded first; -1 where the clean input does already; the number of
+            attacks where all failed. Shape `[B]`, int32. So what stands after attack `i` is `broken_by > i`.
+    """
+
+    result: AttackResult
+    broken_by: Array
+
+
+def suite(
+    norm: Norm, *, version: Literal["standard", "plus"] = "standard", num_steps: int = 100, num_queries: int = 5000,
+) -> dict[str, Attack]:
+    """Lists the attacks of AutoAttack by name, in their order.
+
+    standard: APGD-CE, APGD-T and FAB-T with nine targets, Square; for l1 five restarts of APGD-CE and five targets of
+    APGD-T, both from larger radii. plus: APGD-CE, APGD-DLR and FAB with five restarts, Square, APGD-T and FAB-T.
+    Targets are capped by the number of classes.
+
+    Source: Croce & Hein (2020, arXiv:2003.01690, Sec. 5); for l1 (2021, arXiv:2103.01208, Sec. 4).
+
+    Args:
+        norm: the ball's norm.
+        version: "standard" or "plus".
+        num_steps: steps of the gradient-based attacks.
+        num_queries: queries of Square.
+
+    Returns:
+        Attacks of the common signature, for `cascade` or `rdx.evaluate.evaluate`; each stops examples at success.
+
+    Raises:
+        ValueError: on an unknown norm or version.
+    """
+    norms.check(norm)
+    if version not in ("standard", "plus"):
+        raise ValueError(f"Unknown version {version!r}: use 'standard' or 'plus', or autoattack_rand.")
+    stopping, wide = partial(_stopping, num_steps=num_steps), {"larger_radii": True} if norm == "l1" else {}
+    num_targets = 5 if norm == "l1" else 9
+    squares = partial(_stopping, attack=square, num_queries=num_queries, goal=goals.misclassify(losses.margin))
+    targeted = {
+        "apgd-t": partial(stopping, attack=apgd_targeted, num_targets=num_targets, **wide),
+        "fab-t": partial(stopping, attack=fab_targeted),
+    }
+    num_restarts = 5 if version == "plus" or norm == "l1" else 1
+    ce = partial(stopping, attack=apgd, num_restarts=num_restarts, **wide)
+    if version == "standard":
+        return {"apgd-ce": ce, **targeted, "square": squares}
+    dlr = partial(stopping, attack=apgd, num_restarts=5, goal=goals.misclassify(losses.dlr), **wide)
+    return {
+        "apgd-ce": ce, "apgd-dlr": dlr, "fab": partial(stopping, attack=fab, num_restarts=5), "square": squares, **targeted
+    }
+
+
+def autoattack(
+    key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, index: ArrayLike | None = None,
+    version: Literal["standard", "plus"] = "standard", num_steps: int = 100, num_queries: int = 5000,
+    loop: driver.Loop = driver.AUTO,
+) -> AttackResult:
+    """Runs the attacks of `suite` one after the other, each on what still stands: an example falls if any succeeds.
+
+    Source: Croce & Hein (2020, arXiv:2003.01690, Sec. 5). For a table by attack use `cascade(key, suite(...), ...)`.
+    Where the released code differs: success is judged at the point returned, restarts and targets stop at success, and
+    Square draws a window of its own for each example.
+
+    Args:
+        key: one key; every attack folds its name, example `i` folds `index[i]`.
+        logits_fn: `x [B, ...] -> logits [B, K]`; for random models see `autoattack_rand`.
+        x: clean inputs, shape `[B, ...]`.
+        labels: shape `[B]`, int.
+        ball: the threat model, of any norm.
+        index: places in the data set, shape `[B]`, int; `0..B-1` by default.
+        version: "standard" or "plus".
+        num_steps: steps of the gradient-based attacks.
+        num_queries: queries of Square.
+        loop: see `cascade`.
+
+    Returns:
+        The attack's result; an example that stands to the end costs some 1,900 gradients and 6,000 forward passes.
+
+    Raises:
+        ValueError: on unusable inputs or options, or NaN logits.
+    """
+    attacks = suite(ball.norm, version=version, num_steps=num_steps, num_queries=num_queries)
+    return cascade(key, attacks, logits_fn, x, labels, ball=ball, index=index, loop=loop).result
+
+
+def autoattack_rand(
+    key: Key, random_fn: RandomLogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball,
+    index: ArrayLike | None = None, num_steps: int = 100, num_samples: int = 20, num_draws: int = 20,
+    loop: driver.Loop = driver.AUTO,
+) -> AttackResult:
+    """Attacks a random model by APGD-CE and APGD-DLR on the expected loss, and judges by fresh draws.
+
+    Source: Croce & Hein (2020, arXiv:2003.01690, Sec. 5, version "rand"); gradients of expectations after Athalye et
+    al. (2018, arXiv:1802.00420). The released code averages gradients, but believes one draw for the loss, and one for
+    success, so that long attacks succeed by luck; here the same draws give loss and gradient, and an example has fallen
+    where most of `num_draws` draws that no attack has seen are wrong.
+
+    Args:
+        key: one key.
+        random_fn: `(keys [B], x [B, ...]) -> logits [B, K]`.
+        x: clean inputs, shape `[B, ...]`.
+        labels: shape `[B]`, int.
+        ball: the threat model, of any norm.
+        index: places in the data set, shape `[B]`, int; `0..B-1` by default.
+        num_steps: steps of each attack.
+        num_samples: draws for each gradient.
+        num_draws: fresh draws that judge.
+        loop: see `cascade`.
+
+    Returns:
+        The attack's result; passes are counted by draws.
+
+    Raises:
+        ValueError: on unusable inputs or options, or NaN logits.
+    """
+    draws_key, attack_key, judge_key = jax.random.split(key, 3)
+    logits_fn = adaptive.eot(random_fn, draws_key, num_samples)
+    attacks = {
+        f"apgd-{name}": partial(_stopping, attack=apgd, num_steps=num_steps, goal=goals.expected(goals.misclassify(loss)))
+        for name, loss in (("ce", losses.cross_entropy), ("dlr", losses.dlr))
+    }
+    goal = goals.expected(goals.misclassify())
+    found = cascade(attack_key, attacks, logits_fn, x, labels, ball=ball, goal=goal, index=index, loop=loop).result
+    rate = adaptive.stochastic_success(
+        judge_key, random_fn, found.x_adv, jnp.asarray(labels), goals.misclassify(), num_draws=num_draws, index=index
+    )
+    return found._replace(
+        success=rate > 0.5, forwards=num_samples * found.forwards + num_draws, gradients=num_samples * found.gradients
+    )
+
+
+def cascade(
+    key: Key, attacks: Mapping[str, Attack], logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball,
+    goal: Goal | None = None, index: ArrayLike | None = None, loop: driver.Loop = driver.AUTO,
+) -> Cascade:
+    """Runs attacks one after the other, each on the examples that still stand: the pointwise worst case.
+
+    Args:
+        key: one key; every attack folds its name, so that what it finds does not depend on which others run.
+        attacks: by name, weakest first, each `(key, logits_fn, x, labels, *, ball, index, loop) -> AttackResult`.
+        logits_fn: what they attack.
+        x: clean inputs, shape `[B, ...]`.
+        labels: shape `[B]`, int.
+        ball: the threat model.
+        goal: what counts as success, and the loss that orders what fails; `goals.misclassify()` by default. What an
+            attack climbs is its own affair.
+        index: places in the data set, shape `[B]`, int; `0..B-1` by default.
+        loop: given to every attack. With a `checkpoint`, what finished attacks found is kept there, and the state of
+            the one that runs beside it. Traces belong to single attacks.
+
+    Returns:
+        The strongest inputs, and which attack broke what. An example pays for what ran on it and for one forward pass
+        after each attack, which judges.
+
+    Raises:
+        ValueError: on unusable inputs, no attacks, or a wish for a trace.
+    """
+    if loop.trace or not attacks:
+        raise ValueError("A cascade needs at least one attack, and traces belong to a single one: run it on its own.")
+    problem, found = base.begin(logits_fn, x, labels, ball, goal)
+    places = jnp.arange(len(problem.labels)) if index is None else jnp.asarray(index)
+    broken_by = jnp.where(found.best.success, -1, len(attacks)).astype(jnp.int32)
+    store = None if loop.checkpoint is None or base.is_traced((key, found)) else Path(loop.checkpoint)
+    fingerprint = resumption.digest(tuple(attacks), (key, problem.x, problem.labels, problem.ball, places))
+    finished = 0
+    if store is not None and store.exists():
+        found, broken_by, finished = resumption.load(store, fingerprint, (found, broken_by, np.int32(0)))
+    for place, (name, attack) in list(enumerate(attacks.items()))[int(finished):]:
+        run = partial(attack, jax.random.fold_in(key, zlib.crc32(name.encode())), problem.logits_fn)
+        beside = None if store is None else store.with_suffix(f".{name}.npz")
+        new = _run_on_standing(partial(run, loop=dataclasses.replace(loop, checkpoint=beside)), problem, found, places)
+        broken_by = jnp.where(new.best.success & ~found.best.success, place, broken_by)
+        found = new
+        if store is not None:
+            resumption.save(store, fingerprint, (found, broken_by, np.int32(place + 1)))
+    if store is not None:
+        store.unlink(missing_ok=True)
+    return Cascade(base.report(problem, found), broken_by)
+
+
+def _run_on_standing(attack: Attack, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
+    """Runs one attack on the examples without success, and judges what it found by a forward pass."""
+    if base.is_traced((problem, found)):
+        # Nobody can be left out of an array whose values are not known: all take part, those that stand count.
+        return base.choose(found.best.success, found, _run_on_all(attack, problem, found, index))
+    standing = np.flatnonzero(~np.asarray(found.best.success))
+    if not len(standing):
+        return found
+    if len(standing) == len(index):
+        return _run_on_all(attack, problem, found, index)
+    size = min(len(index), max(_LEAST_SIZE, 1 << (len(standing) - 1).bit_length()))
+    rows = np.resize(standing, size)
+    before = jax.tree.map(lambda leaf: leaf[rows], found)
+    after = _run_on_all(attack, base.take(problem, rows), before, index[rows])
+    return jax.tree.map(
+        lambda old, new: old.at[standing].set(new[: len(standing)]), found, after,
+    )
+
+
+def _run_on_all(attack: Attack, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
+    result = attack(problem.x, problem.labels, ball=problem.ball, index=index)
+    seen = base.call(base.evaluate, problem, result.x_adv)
+    return base.spend(found, seen, forwards=1 + result.forwards, gradients=result.gradients)
+
+
+def _stopping(
+    key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, attack: Attack, loop: driver.Loop = driver.AUTO,
+    **options: Any,
+) -> AttackResult:
+    """Runs an attack whose examples stop at success, unless `loop` says otherwise."""
+    loop = dataclasses.replace(loop, stop=True if loop.stop is None else loop.stop)
+    return attack(key, logits_fn, x, labels, loop=loop, **options)
