@@ -5,8 +5,8 @@ one small convex program for each pattern and class. `setting = linear(...)` or 
 
     check(partial(attacks.fmn, num_steps=200), linear(num_classes=3, has_box=True), "l2", at_most=1.02)
 
-where the first argument is called as `attack(key, logits_fn, x, labels, ball=..., goal=...)`; a deterministic attack is
-wrapped by `keyless`.
+where the first argument is called as `attack(key, logits_fn, x, labels, ball=...)`, with a goal only where targets are
+given; a deterministic attack is wrapped by `keyless`.
 """
 
 import itertools
@@ -21,9 +21,12 @@ from scipy.optimize import linprog, nnls
 from rdx import goals, losses, norms
 from rdx.balls import Ball
 
+# Of the negative side of rectifiers: where all of plain ones are off there is no gradient, and every attack is lost.
+_SLOPE = 0.2
+
 
 class Setting(NamedTuple):
-    """A net `relu(x A + a) B + b` (or `x B + b`), inputs that it labels, and the box around them."""
+    """A net `h(x A + a) B + b` with leaky rectifiers `h` (or `x B + b`), inputs that it labels, and the box around them."""
 
     model: Partial
     x: jax.Array
@@ -79,7 +82,7 @@ def check(attack, setting, norm, *, at_most, targets=None, at_least=1 - 1e-4, ke
     """Runs an attack without a radius and asserts what every minimal-norm attack owes; returns the ratios `[B]`.
 
     Args:
-        attack: `(key, logits_fn, x, labels, *, ball, goal) -> AttackResult`.
+        attack: `(key, logits_fn, x, labels, *, ball) -> AttackResult`, and with `goal` for targets.
         setting: from `linear` or `relu`.
         norm: the ball's norm.
         at_most: bound of the average ratio of the distance found to the true minimal norm.
@@ -88,8 +91,8 @@ def check(attack, setting, norm, *, at_most, targets=None, at_least=1 - 1e-4, ke
         key: of a random attack.
     """
     key = jax.random.key(0) if key is None else key
-    goal = goals.misclassify(losses.margin) if targets is None else goals.target(targets, losses.targeted_margin)
-    found = attack(key, setting.model, setting.x, setting.labels, ball=setting.ball(norm), goal=goal)
+    options = {} if targets is None else {"goal": goals.target(targets, losses.targeted_margin)}
+    found = attack(key, setting.model, setting.x, setting.labels, ball=setting.ball(norm), **options)
     predicted = setting.model(found.x_adv).argmax(axis=1)
     assert found.success.all()
     assert (predicted != setting.labels if targets is None else predicted == targets).all()
@@ -150,7 +153,7 @@ def _affine(parameters, x):
 
 
 def _one_hidden_layer(parameters, x):
-    return _affine(parameters[2:], jax.nn.relu(_affine(parameters[:2], x)))
+    return _affine(parameters[2:], jax.nn.leaky_relu(_affine(parameters[:2], x), _SLOPE))
 
 
 def _programs(layers, point, label, target):
@@ -161,9 +164,9 @@ def _programs(layers, point, label, target):
         weights, bias = layers[-2:]
         rows, bounds = [], []
         if len(layers) == 4:
-            sign = 2.0 * pattern - 1.0
+            sign, slope = 2.0 * pattern - 1.0, np.where(pattern > 0, 1.0, _SLOPE)
             rows, bounds = list((layers[0] * sign).T), list(-(point @ layers[0] + layers[1]) * sign)
-            weights, bias = (layers[0] * pattern) @ weights, (layers[1] * pattern) @ weights + bias
+            weights, bias = (layers[0] * slope) @ weights, (layers[1] * slope) @ weights + bias
         logits = point @ weights + bias
         for wanted in classes if target is None else [target]:
             others = [label] if target is None else [other for other in classes if other != wanted]
