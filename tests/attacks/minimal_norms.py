@@ -26,7 +26,7 @@ _SLOPE = 0.2
 
 
 class Setting(NamedTuple):
-    """A net `h(x A + a) B + b` with leaky rectifiers `h` (or `x B + b`), inputs that it labels, and the box around them."""
+    """A net `h(x A + a) B + b`, leaky rectifiers `h` (or `x B + b`), inputs that it labels, and the box around them."""
 
     model: Partial
     x: jax.Array
