@@ -24,9 +24,11 @@ def keyed(attack: Callable[..., AttackResult]) -> Attack:
         attack: any attack, its settings bound with `functools.partial`.
 
     Returns:
-        `(key, logits_fn, x, labels, *, ball, index, ...) -> AttackResult`; an attack that takes a key as it is.
+        `(key, logits_fn, x, labels, *, ball, index, ...) -> AttackResult`; an attack that takes a key, or any
+        positional arguments, as it is.
     """
-    if "key" in inspect.signature(attack).parameters:
+    parameters = inspect.signature(attack).parameters.values()
+    if any(parameter.name == "key" or parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return attack
 
     def with_key(key: Key, *args: Any, index: Any = None, **options: Any) -> AttackResult:
