@@ -17,7 +17,7 @@ from rdx.evaluate import records
 from rdx.evaluate.shared import Attack
 from rdx.evaluate.trials import Outcome, Trials
 from rdx.goals import Goal
-from rdx.types import Array, ArrayLike, Key, LogitsFn, Trace
+from rdx.types import Array, ArrayLike, Key, LogitsFn
 
 Axis: TypeAlias = Literal["eps", "queries", "steps"]
 
@@ -141,47 +141,10 @@ def minimal_eps(
     return _curve(trials, "eps", threshold, values, spread, details, is_targeted=is_targeted)
 
 
-def minimal_distance(
-    key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, attack: Attack, ball: Ball, goal: Goal | None = None,
-    is_targeted: bool = False, values: Sequence[float] | None = None, index: np.ndarray | None = None,
-    batch_size: int = 500,
-) -> Curve:
-    """Takes the smallest radius of each example from one run of a minimal-norm attack.
-
-    Its perturbation is an attack at every radius, `A_eps(x) = x_adv` where `||x_adv - x|| <= eps`, else `x`. Source:
-    Dong et al. (2020, arXiv:1912.11852, Sec. 3.2).
-
-    Args:
-        key: the run's key.
-        logits_fn: the model that decides about success; a `Partial`.
-        x: clean inputs, shape `[N, ...]`.
-        labels: shape `[N]`, int.
-        attack: a minimal-norm attack; arguments as for `minimal_eps`.
-        ball: norm and box; what is longer than its radius, which may be infinity, does not count.
-        goal: misclassification by default, and then the attack is given none.
-        is_targeted: whether the goal is to be taken for a target.
-        values: where the curve is drawn; 64 radii up to the largest threshold by default.
-        index: place of each example in the data set, shape `[N]`; 0..N-1 by default.
-        batch_size: examples attacked together.
-
-    Returns:
-        The curve over "eps", with the details `forwards` and `gradients`.
-
-    Raises:
-        ValueError: on unusable inputs, and on an attack that leaves its ball.
-    """
-    trials = Trials(
-        key, logits_fn, x, labels, attack=attack, ball=ball, goal=goal, index=index, batch_size=batch_size
-    )
-    threshold = trials.distances(0, np.full(len(trials.label), float(np.max(ball.eps))))
-    spread = np.linspace(0.0, _largest(threshold), 64)
-    return _curve(trials, "eps", threshold, values, spread, {}, is_targeted=is_targeted)
-
-
 def against_strength(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, attack: Attack, ball: Ball, goal: Goal | None = None,
-    is_targeted: bool = False, axis: Axis = "queries", values: Sequence[float] | None = None,
-    index: np.ndarray | None = None, batch_size: int = 500,
+    is_targeted: bool = False, within: float | None = None, axis: Axis = "queries",
+    values: Sequence[float] | None = None, index: np.ndarray | None = None, batch_size: int = 500,
 ) -> Curve:
     """Follows one run of an attack and notes after how many queries or steps each example falls.
 
@@ -195,6 +158,8 @@ def against_strength(
         ball: the threat model, of one radius.
         goal: misclassification by default, and then the attack is given none.
         is_targeted: whether the goal is to be taken for a target.
+        within: radius of the perturbations that count; that of the ball by default. With `ball.eps = inf`, one run of a
+            minimal-norm attack gives this curve and, by `against_eps`, that over all radii.
         axis: "queries", forward passes and gradients together, or "steps".
         values: where the curve is drawn; 64 numbers, evenly on a logarithmic scale, by default.
         index: place of each example in the data set, shape `[N]`; 0..N-1 by default.
@@ -202,7 +167,7 @@ def against_strength(
 
     Returns:
         The curve. Its details: `queries` and `steps` until each example falls, infinity for never; `distance` of the
-        perturbation at the end, infinity where it fails; `forwards` and `gradients`, spent in all.
+        successful perturbation at the end, within or not, infinity for none; `forwards` and `gradients`, spent in all.
 
     Raises:
         ValueError: on unusable inputs or settings, and on an attack that leaves its ball.
@@ -212,14 +177,33 @@ def against_strength(
     trials = Trials(
         key, logits_fn, x, labels, attack=attack, ball=ball, goal=goal, index=index, batch_size=batch_size
     )
-    eps = float(np.max(ball.eps))
+    eps, counts = float(np.max(ball.eps)), float(np.max(ball.eps)) if within is None else within
     fallen = np.where(trials.is_reached, 0.0, np.full((3, len(trials.label)), np.inf))
     for taken, outcome in trials.run(0, np.full(len(trials.label), eps)):
-        fallen[:, taken] = np.stack([*_until_success(outcome, eps), outcome.distance])
+        fallen[:, taken] = np.stack([*_until_success(outcome, counts), outcome.distance])
     details = {"queries": fallen[0], "steps": fallen[1], "distance": fallen[2]}
     most = (trials.forwards + trials.gradients).max() if axis == "queries" else _largest(details["steps"])
     spread = np.unique(np.geomspace(1, max(most, 1), 64).round())
     return _curve(trials, axis, details[axis], values, spread, details, is_targeted=is_targeted)
+
+
+def against_eps(curve: Curve, *, values: Sequence[float] | None = None) -> Curve:
+    """Turns what `against_strength` found of a minimal-norm attack into the curve over radii.
+
+    Its perturbation is an attack at every radius, `A_eps(x) = x_adv` where `||x_adv - x|| <= eps`, else `x`. Source:
+    Dong et al. (2020, arXiv:1912.11852, Sec. 3.2).
+
+    Args:
+        curve: from `against_strength`, run in a ball whose radius is infinite, or as large as shall be looked at.
+        values: where the curve is drawn; 64 radii up to the largest distance by default.
+
+    Returns:
+        The curve over "eps".
+    """
+    threshold = curve.details["distance"]
+    drawn = np.linspace(0.0, _largest(threshold), 64) if values is None else np.asarray(values, np.float64)
+    bill = {name: curve.details[name] for name in ("forwards", "gradients")}
+    return dataclasses.replace(curve, axis="eps", values=drawn, threshold=threshold, details=bill)
 
 
 def worst_case(curves: Sequence[Curve]) -> Curve:
@@ -295,20 +279,17 @@ def _search(
 def _until_success(outcome: Outcome, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Finds queries and steps until the first success within `eps`, infinity where there is none."""
     successes, spent, last_step = [], [], 1
-    if outcome.trace is not None:
-        seen = outcome.trace
-        # Minimal-norm attacks pass through successes that are too long; the room is that for rounding.
-        successes, spent = list(seen.success & (seen.distance <= 1.0001 * eps + 1e-6)), list(_sum(seen))
+    room = 1.0001 * eps + 1e-6  # for rounding, as the ball's check has it
+    falls = outcome.success & (outcome.distance <= room)
+    if (seen := outcome.trace) is not None:
+        # Minimal-norm attacks pass through successes that are too long.
+        successes, spent = list(seen.success & (seen.distance <= room)), list(seen.forwards + seen.gradients)
         last_step = len(spent)
     # What the trace does not hold, such as the last iterate, is found at the end.
     first = np.stack([*successes, np.ones_like(outcome.success)]).argmax(axis=0)
     queries = np.take_along_axis(np.stack([*spent, outcome.spent]), first[None], axis=0)[0]
     steps = np.minimum(first + 1, last_step)
-    return np.where(outcome.success, queries, np.inf), np.where(outcome.success, steps, np.inf)
-
-
-def _sum(trace: Trace) -> np.ndarray:
-    return np.asarray(trace.forwards) + np.asarray(trace.gradients)
+    return np.where(falls, queries, np.inf), np.where(falls, steps, np.inf)
 
 
 def _largest(threshold: np.ndarray) -> float:

@@ -184,17 +184,23 @@ def _nearest(key, logits_fn, x, labels, *, ball, index):
 def test_minimal_norm_attacks_give_their_distances():
     model, x, labels = _setting()
     wanted = _margins("l2")
-    free = curves.minimal_distance(jax.random.key(0), model, x, labels, attack=_nearest,
-                                   ball=Ball("l2", jnp.inf, **FREE))
-    np.testing.assert_allclose(free.threshold, 1.001 * wanted, rtol=1e-4)
-    np.testing.assert_allclose(free.median(), np.sort(free.threshold)[N // 2])
     cap = float(np.median(wanted))
-    capped = curves.minimal_distance(jax.random.key(0), model, x, labels, attack=_nearest, ball=Ball("l2", cap, **FREE))
-    near = free.threshold <= cap
-    np.testing.assert_allclose(capped.threshold[near], free.threshold[near], rtol=1e-5)
-    assert np.isinf(capped.threshold[~near]).all()
+    free, capped = (
+        curves.against_strength(jax.random.key(0), model, x, labels, attack=_nearest, ball=Ball("l2", eps, **FREE),
+                                within=cap) for eps in (jnp.inf, cap)
+    )
+    curve = curves.against_eps(free)
+    np.testing.assert_allclose(curve.threshold, 1.001 * wanted, rtol=1e-4)
+    assert curve.median() == np.sort(curve.threshold)[N // 2]
+    assert curve.accuracy()[-1].count == 0
+    near = curve.threshold <= cap
     assert 0 < (~near).sum() < N
-    np.testing.assert_array_equal(free.details["gradients"], np.where(free.is_correct, 2, 0))
+    for found in (free, capped):
+        # One forward pass and two gradients, all in one step.
+        np.testing.assert_array_equal(found.threshold, np.where(near, np.where(found.is_correct, 3, 0), np.inf))
+    assert np.isinf(capped.details["distance"][~near]).all()
+    np.testing.assert_allclose(capped.details["distance"][near], curve.threshold[near], rtol=1e-5)
+    np.testing.assert_array_equal(curve.details["gradients"], np.where(free.is_correct, 2, 0))
 
 
 def test_strength_is_what_the_trace_says_and_the_end_adds():
@@ -234,8 +240,11 @@ def test_a_success_beyond_the_radius_is_none():
         return AttackResult(x + 0.2, ones[0] > 0, 0.2 * ones[0], ones[0], counts[-1], 0 * counts[-1], trace)
 
     model, x, labels = lambda v: jnp.stack([0.1 - v[:, 0], 0 * v[:, 0]], axis=1), jnp.zeros((2, 1)), jnp.zeros(2, int)
-    curve = curves.against_strength(jax.random.key(0), model, x, labels, attack=attack, ball=Ball("linf", 0.3))
-    np.testing.assert_array_equal(curve.threshold, [3, 3])
+    for eps, within, queries in ((0.3, None, 3), (jnp.inf, 0.3, 3), (jnp.inf, 0.6, 2), (jnp.inf, 0.1, np.inf)):
+        curve = curves.against_strength(jax.random.key(0), model, x, labels, attack=attack, ball=Ball("linf", eps),
+                                        within=within)
+        np.testing.assert_array_equal(curve.threshold, [queries, queries])
+        np.testing.assert_allclose(curves.against_eps(curve).threshold, 0.2, rtol=1e-6)
 
 
 def test_success_is_judged_by_a_fresh_forward_pass():
