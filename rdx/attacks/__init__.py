@@ -5,5 +5,6 @@ from rdx.attacks.base import limit
 from rdx.attacks.driver import Loop
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.pgd import pgd
+from rdx.attacks.square import square
 
-__all__ = ["Loop", "apgd", "fgsm", "limit", "pgd"]
+__all__ = ["Loop", "apgd", "fgsm", "limit", "pgd", "square"]
