@@ -10,7 +10,9 @@ from rdx.attacks.fab import fab, fab_targeted
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.fmn import fmn
 from rdx.attacks.pgd import pgd
+from rdx.attacks.square import square
 
 __all__ = [
     "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "limit", "pgd",
+    "square",
 ]
