@@ -9,10 +9,16 @@ from rdx.attacks.driver import Loop
 from rdx.attacks.fab import fab, fab_targeted
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.fmn import fmn
+from rdx.attacks.genattack import genattack
+from rdx.attacks.nattack import nattack
+from rdx.attacks.nes import nes
 from rdx.attacks.pgd import pgd
+from rdx.attacks.prgf import prgf
+from rdx.attacks.spsa import spsa
 from rdx.attacks.square import square
+from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "limit", "pgd",
-    "square",
+    "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "limit",
+    "nattack", "nes", "pgd", "prgf", "spsa", "square", "zoo",
 ]

@@ -38,4 +38,11 @@ CASES = {
     "fab_targeted": Case(partial(attacks.fab_targeted, num_steps=6, num_restarts=2, num_targets=2)),
     "ddn": Case(partial(attacks.ddn, num_steps=20, initial_norm=0.3), ("l2",), is_random=False),
     "fmn": Case(partial(attacks.fmn, num_steps=20), is_random=False),
+    "square": Case(partial(attacks.square, num_steps=20), has_restarts=True),
+    "nes": Case(partial(attacks.nes, num_steps=8, num_samples=20), rtol=1e-3),
+    "spsa": Case(partial(attacks.spsa, num_steps=8, num_samples=20), rtol=1e-3),
+    "nattack": Case(partial(attacks.nattack, num_steps=8, num_samples=20)),
+    "prgf": Case(partial(attacks.prgf, num_steps=8, num_samples=20, sigma=1e-3), rtol=1e-2),
+    "genattack": Case(partial(attacks.genattack, num_steps=20, population_size=6)),
+    "zoo": Case(partial(attacks.zoo, num_steps=15, num_searches=2, num_coordinates=18, initial_c=1.0), ("l2",), rtol=1e-2),
 }
