@@ -2,6 +2,7 @@
 
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
+from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
 from rdx.attacks.base import limit
 from rdx.attacks.ddn import ddn
 from rdx.attacks.deepfool import deepfool
@@ -19,6 +20,7 @@ from rdx.attacks.square import square
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "limit",
-    "nattack", "nes", "pgd", "prgf", "spsa", "square", "zoo",
+    "Loop", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "cascade", "ddn", "deepfool", "fab",
+    "fab_targeted", "fgsm", "fmn", "genattack", "limit", "nattack", "nes", "pgd", "prgf", "spsa", "square", "suite",
+    "zoo",
 ]
