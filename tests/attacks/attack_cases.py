@@ -31,6 +31,9 @@ class Case(NamedTuple):
 
 CASES = {
     "fgsm": Case(attacks.fgsm, is_random=False),
+    "rfgsm": Case(attacks.rfgsm, has_restarts=True),
+    "bim": Case(partial(attacks.bim, num_steps=6), is_random=False),
+    "mim": Case(partial(attacks.mim, num_steps=6), is_random=False),
     "pgd": Case(partial(attacks.pgd, num_steps=6), has_restarts=True),
     "apgd": Case(partial(attacks.apgd, num_steps=12), ("linf", "l2"), has_restarts=True),
 }
