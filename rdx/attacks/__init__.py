@@ -4,9 +4,12 @@ from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
 from rdx.attacks.base import limit
 from rdx.attacks.bim import bim
+from rdx.attacks.cw import cw
+from rdx.attacks.cw_linf import cw_linf
 from rdx.attacks.ddn import ddn
 from rdx.attacks.deepfool import deepfool
 from rdx.attacks.driver import Loop
+from rdx.attacks.ead import ead
 from rdx.attacks.fab import fab, fab_targeted
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.fmn import fmn
@@ -15,6 +18,6 @@ from rdx.attacks.pgd import pgd
 from rdx.attacks.rfgsm import rfgsm
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "bim", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "limit", "mim",
-    "pgd", "rfgsm",
+    "Loop", "apgd", "apgd_targeted", "bim", "cw", "cw_linf", "ddn", "deepfool", "ead", "fab", "fab_targeted", "fgsm",
+    "fmn", "limit", "mim", "pgd", "rfgsm",
 ]

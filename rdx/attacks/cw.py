@@ -44,6 +44,7 @@ def cw(
     have one length, so that the cost is known. Further differences: elements without a finite box are not transformed;
     untargeted attacks, too, demand the confidence, where a wrong sign in the authors' code makes them accept its
     opposite; the last round is not repeated at the least constant that succeeded, which would give the same result.
+    Elements at the ends of the box start where tanh is flat: rounds of fewer than about 500 steps barely move them.
 
     Args:
         logits_fn: `x [B, ...] -> logits [B, K]`.

@@ -12,8 +12,8 @@ from rdx.types import Array, ArrayLike
 
 # Inputs are moved off the ends of the box by this share, since tanh reaches them at infinity only.
 _INSIDE = 0.999999
-# A greater constant is not tried: the distance would be lost in rounding.
-_LARGEST_CONSTANT = 1e10
+# Greater constants and slopes would help nobody: the distance is lost in rounding, and squares leave float's range.
+LARGEST = 1e10
 
 
 class Search(NamedTuple):
@@ -42,7 +42,7 @@ def next_round(search: Search) -> Search:
     """Halves the bracket; until a constant has succeeded, multiplies it by 10 (Carlini & Wagner 2017, Sec. VI-D)."""
     lower = jnp.where(search.has_succeeded, search.lower, jnp.maximum(search.lower, search.constant))
     upper = jnp.where(search.has_succeeded, jnp.minimum(search.upper, search.constant), search.upper)
-    greater = jnp.minimum(10.0 * search.constant, _LARGEST_CONSTANT)
+    greater = jnp.minimum(10.0 * search.constant, LARGEST)
     constant = jnp.where(jnp.isfinite(upper), 0.5 * (lower + upper), greater)
     return Search(constant, lower, upper, jnp.zeros_like(search.has_succeeded))
 
@@ -54,7 +54,8 @@ def confident(candidate: base.Candidate, confidence: ArrayLike) -> base.Candidat
 
 def slope(seen: base.Candidate, gradient: Array, constant: Array, confidence: ArrayLike) -> Array:
     """Computes the gradient of the penalty `constant * max(0, confidence - loss)`, shape `[B, ...]`."""
-    return jnp.where(norms.expand(seen.loss < confidence, gradient), -norms.expand(constant, gradient) * gradient, 0.0)
+    weight = jnp.where(seen.loss < confidence, constant, 0.0)
+    return jnp.clip(-norms.expand(weight, gradient) * gradient, -LARGEST, LARGEST)
 
 
 class TanhSpace(NamedTuple):
