@@ -303,7 +303,7 @@ def exceeded_by(values: Array, count: ArrayLike) -> Array:
     def halve(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         below, above = bracket
         middle = 0.5 * (below + above)
-        enough = (values > middle[:, None]).sum(axis=1) >= count
+        enough = (values > middle[:, None]).sum(axis=1, dtype=jnp.int32) >= count
         return jnp.where(enough, middle, below), jnp.where(enough, above, middle)
 
     largest = values.max(axis=1)

@@ -4,8 +4,10 @@ A goal is a pytree whose callables are `jax.tree_util.Partial`s, so that compile
 model can be attacked: `Goal(Partial(my_loss), Partial(my_success))`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
@@ -59,6 +61,43 @@ def target(targets: Array, loss: LossFn = losses.targeted_cross_entropy) -> Goal
         The goal.
     """
     return Goal(Partial(_towards, Partial(loss)), Partial(_hits), (jnp.asarray(targets),))
+
+
+def majority(flags: Array, axis: int) -> Array:
+    """Tells whether more than half of the flags along an axis are true."""
+    return 2 * flags.sum(axis=axis) > flags.shape[axis]
+
+
+def expected(goal: Goal, reduction: Callable[..., Array] = majority) -> Goal:
+    """Lifts a goal to models that answer several times: `loss = mean_s loss(output[:, s])`.
+
+    The answers are the draws of a random model (`attacks.eot`, whose gradient is then that of the expected loss) or
+    those of the members of an ensemble (`attacks.ensemble`).
+
+    Source: Athalye et al. (2018, arXiv:1802.00420, Sec. 4.2); Liu et al. (2017, arXiv:1611.02770) for ensembles.
+
+    Args:
+        goal: the goal for one answer.
+        reduction: `(flags [B, S], axis=1) -> [B]`, when the goal counts as reached; more than half of the answers
+            (`majority`) by default, `jnp.all` for every one, `jnp.any` for one at least.
+
+    Returns:
+        The goal for outputs that have the axis of answers second, such as logits `[B, S, K]`.
+    """
+    answers = (Partial(_mean_over_answers, goal.loss_fn), Partial(_over_answers, goal.success_fn, Partial(reduction)))
+    return Goal(*answers, goal.data)
+
+
+def _each_answer(fn: Partial, output: PyTree, labels: Array, *data: PyTree) -> Array:
+    return jax.vmap(lambda answer: fn(answer, labels, *data), in_axes=1, out_axes=1)(output)
+
+
+def _mean_over_answers(loss: Partial, output: PyTree, labels: Array, *data: PyTree) -> Array:
+    return _each_answer(loss, output, labels, *data).mean(axis=1)
+
+
+def _over_answers(success: Partial, reduction: Partial, output: PyTree, labels: Array, *data: PyTree) -> Array:
+    return reduction(_each_answer(success, output, labels, *data), axis=1)
 
 
 def _towards(loss: Partial, logits: Array, labels: Array, targets: Array) -> Array:

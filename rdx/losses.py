@@ -103,6 +103,22 @@ def targeted_margin(logits: Array, targets: Array) -> Array:
     return -margin(logits, targets)
 
 
+def targeted_log_odds(logits: Array, targets: Array) -> Array:
+    """Computes the log-odds of the target, `log p_t - log(1 - p_t) = z_t - log sum_{j != t} exp(z_j)`.
+
+    Source: Alzantot et al. (2019, arXiv:1805.11090, Eq. 1), the fitness of GenAttack.
+
+    Args:
+        logits: shape `[B, K]`.
+        targets: shape `[B]`, int.
+
+    Returns:
+        Loss, shape `[B]`.
+    """
+    is_target = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] == targets[:, None].astype(jnp.int32)
+    return _pick(logits, targets) - jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), axis=1)
+
+
 def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     """Computes the targeted DLR loss of Croce & Hein (2020, arXiv:2003.01690, Eq. 7).
 

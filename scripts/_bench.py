@@ -239,7 +239,8 @@ def serve(threads, packages, build):
     def answer(**reply):
         os.write(answers, (json.dumps(reply) + "\n").encode())
 
-    answer(torch=torch.__version__, **{name: module.__version__ for name, module in modules.items()})
+    versions = {name: getattr(module, "__version__", "unnumbered") for name, module in modules.items()}
+    answer(torch=torch.__version__, **versions)
     for line in sys.stdin:
         request = json.loads(line)
         if "memory" in request:

@@ -1,21 +1,96 @@
-"""Times PGD of rdx, foolbox and torchattacks side by side: linf, eps 0.3, 40 steps of 0.01, no random start.
+"""Times attacks of rdx beside foolbox, torchattacks and the original AutoAttack, on the same weights and images.
 
-    python scripts/bench_attacks.py --peer-python PATH     # a Python with torch, foolbox and torchattacks
+    python scripts/bench_attacks.py --peer-python PATH     # a Python with torch, foolbox, torchattacks and autoattack
 
-The same weights and images on all sides. Nothing is timed unless the logits agree and our adversarial loss is at least
-the peers'. The ratio is against the faster peer; below 1 means that rdx is faster.
+White-box attacks and AutoAttack do the same work on all sides, and nothing is timed unless the logits agree and ours is
+as strong. Attacks by queries run where nobody falls, and their time is given for 1,000 queries of one image, because no
+two of them spend the same number. The ratio is against the faster peer; below 1 means that rdx is faster.
 """
 
 # ruff: noqa: TID251
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import _bench
 
-EPS, NUM_STEPS, STEP_SIZE = 0.3, 40, 0.01
-TOOLS = ("foolbox", "torchattacks")
+TOOLS = ("foolbox", "torchattacks", "autoattack")
 LOGITS_TOLERANCE = 1e-4
 # Rounding flips a few gradient signs, after which two correct runs part.
 LOSS_TOLERANCE = 0.01
+# Share of the images in which AutoAttack may differ: one of 256 and a little.
+SUCCESS_TOLERANCE = 0.005
+
+
+class Case(NamedTuple):
+    """An attack as both sides run it.
+
+    Attributes:
+        tools: the peers that have it.
+        eps: radius.
+        ours: `(eps, **arguments of an attack) -> AttackResult`.
+        nets: the nets that it runs on.
+        compare: what must agree before anything is timed: "loss", "success", or "queries" for time by query.
+        batch: images, if not as many as the command line says.
+    """
+
+    tools: tuple[str, ...]
+    eps: float
+    ours: Callable[..., Any]
+    nets: tuple[str, ...] = ("conv", "mlp")
+    compare: str = "loss"
+    batch: int | None = None
+
+
+def _attack(name, **options):
+    def run(*arguments, **given):
+        import jax
+
+        from rdx import attacks
+
+        return getattr(attacks, name)(jax.random.key(0), *arguments, **given, **options)
+
+    return run
+
+
+CASES = {
+    "PGD-40": Case(("foolbox", "torchattacks"), 0.3, _attack("pgd", num_steps=40, step_size=0.01, random_start=False)),
+    "APGD-CE-100": Case(("torchattacks",), 0.1, _attack("apgd", num_steps=100)),
+    "Square": Case(("torchattacks",), 1e-3, _attack("square", num_steps=300), ("conv",), "queries"),
+    "SPSA": Case(("torchattacks",), 1e-3, _attack("spsa", num_queries=1280, num_samples=128), ("conv",), "queries", 32),
+    "HopSkipJump": Case(("foolbox",), 1e-3, _attack("hopskipjump", num_queries=2000), ("conv",), "queries", 32),
+    "Boundary": Case(("foolbox",), 1e-3, _attack("boundary", num_queries=1000), ("conv",), "queries", 32),
+    "AutoAttack": Case(("autoattack",), 0.02, _attack("autoattack"), ("conv",), "success", 256),
+}
+
+
+def _their_attack(name, tool, net, eps):
+    """Builds `(x, labels) -> x_adv` of a peer."""
+    if tool == "autoattack":
+        from autoattack import AutoAttack
+
+        attack = AutoAttack(net, norm="Linf", eps=eps, version="standard", device="cpu", verbose=False, seed=0)
+        return lambda x, labels: attack.run_standard_evaluation(x, labels, bs=len(x))
+    if tool == "torchattacks":
+        import torchattacks
+
+        build = {
+            "PGD-40": lambda: torchattacks.PGD(net, eps=eps, alpha=0.01, steps=40, random_start=False),
+            "APGD-CE-100": lambda: torchattacks.APGD(net, norm="Linf", eps=eps, steps=100, n_restarts=1, loss="ce"),
+            "Square": lambda: torchattacks.Square(net, norm="Linf", eps=eps, n_queries=300, n_restarts=1),
+            "SPSA": lambda: torchattacks.SPSA(net, eps=eps, nb_iter=10, nb_sample=128, max_batch_size=4096),
+        }
+        return build[name]()
+    import foolbox
+
+    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    attack = {
+        "PGD-40": lambda: foolbox.attacks.LinfPGD(abs_stepsize=0.01, steps=40, random_start=False),
+        "HopSkipJump": lambda: foolbox.attacks.HopSkipJumpAttack(steps=8, constraint="linf"),
+        "Boundary": lambda: foolbox.attacks.BoundaryAttack(steps=500, tensorboard=None),
+    }[name]()
+    radius = eps if name == "PGD-40" else None
+    return lambda x, labels: attack.run(model, x, foolbox.criteria.Misclassification(labels), epsilon=radius)
 
 
 def theirs(request, arrays):
@@ -27,72 +102,82 @@ def theirs(request, arrays):
     x, labels = torch.tensor(arrays["x"]), torch.tensor(arrays["labels"]).long()
     if request["tool"] == "logits":
         return lambda: {"logits": net(x)}
-    if request["tool"] == "foolbox":
-        import foolbox
+    queries = []
+    net.register_forward_hook(lambda *call: queries.append(len(call[1][0])))
+    attack = _their_attack(request["attack"], request["tool"], net, request["eps"])
 
-        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
-        attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP_SIZE, steps=NUM_STEPS, random_start=False)
-        return lambda: {"x_adv": attack.run(model, x, foolbox.criteria.Misclassification(labels), epsilon=EPS)}
-    import torchattacks
+    def run():
+        queries.clear()
+        x_adv = attack(x, labels)
+        return {"x_adv": x_adv, "queries": torch.tensor(float(sum(queries)))}
 
-    attack = torchattacks.PGD(net, eps=EPS, alpha=STEP_SIZE, steps=NUM_STEPS, random_start=False)
-    return lambda: {"x_adv": attack(x, labels)}
+    return run
 
 
-def measure(peer, net, arguments):
+def measure(peer, name, case, net, arguments):
     """Checks that all sides do the same work on one net and times them."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from jax.tree_util import Partial
 
-    from rdx import attacks, balls, losses
+    from rdx import balls, losses
 
-    x, labels = _bench.images(arguments.batch)
+    x, labels = _bench.images(case.batch or arguments.batch)
     logits_fn = Partial(net.logits, jax.tree.map(jnp.asarray, net.init()))
-    ball, key, x_ours, labels_ours = balls.Ball("linf", EPS), jax.random.key(0), jnp.asarray(x), jnp.asarray(labels)
+    if case.compare != "loss":
+        labels = np.asarray(logits_fn(jnp.asarray(x)).argmax(axis=1), np.int32)  # nobody has fallen before
+    ball, given = balls.Ball("linf", case.eps), (logits_fn, jnp.asarray(x), jnp.asarray(labels))
 
     def run():
-        return attacks.pgd(
-            key,
-            logits_fn,
-            x_ours,
-            labels_ours,
-            ball=ball,
-            num_steps=NUM_STEPS,
-            step_size=STEP_SIZE,
-            random_start=False,
-        )
+        return case.ours(*given, ball=ball)
 
-    def mean_loss(x_adv):
-        if not bool(ball.contains(x_adv, x_ours).all()):
-            sys.exit(f"Not timed: adversarial examples of {net.name} leave the ball or the box.")
-        return float(losses.cross_entropy(logits_fn(x_adv), labels_ours).mean())
+    def strength(x_adv):
+        if not bool(ball.contains(x_adv, given[1]).all()):
+            sys.exit(f"Not timed: adversarial examples of {name} on {net.name} leave the ball or the box.")
+        measure_of = losses.is_wrong if case.compare == "success" else losses.cross_entropy
+        return float(measure_of(logits_fn(x_adv), given[2]).mean())
 
     arrays = net.to_torch(net.init()) | {"x": _bench.channels_first(x), "labels": labels}
-    cases = {tool: f"{net.name}, {tool}" for tool in ("logits", *TOOLS)}
-    computed = {tool: peer.prepare(arrays, case=case, net=net.name, tool=tool) for tool, case in cases.items()}
-    agrees = _bench.agreement({"logits": logits_fn(x_ours)}, computed["logits"], LOGITS_TOLERANCE)
-    first = _bench.seconds(run)
-    reached = {tool: mean_loss(jnp.asarray(computed[tool]["x_adv"].transpose(0, 2, 3, 1))) for tool in TOOLS}
-    reached["rdx"] = mean_loss(run().x_adv)
-    if not reached["rdx"] >= (1.0 - LOSS_TOLERANCE) * max(reached.values()):
-        sys.exit(f"Not timed: mean adversarial losses on {net.name} are {reached}, so the sides do different work.")
-    runs = {tool: lambda case=cases[tool]: peer.seconds(case) for tool in TOOLS}
+    label = f"{name}, {net.name}"
+    told = {"net": net.name, "attack": name, "eps": case.eps}
+    computed = {
+        tool: peer.prepare(arrays, case=f"{label}, {tool}", tool=tool, **told) for tool in ("logits", *case.tools)
+    }
+    _bench.agreement({"logits": logits_fn(given[1])}, computed["logits"], LOGITS_TOLERANCE)
+    first, found = _bench.seconds(run), run()
+    # Time by query: what one image and 1,000 queries take.
+    units = dict.fromkeys(("rdx", *case.tools), 1.0)
+    reached = {}
+    if case.compare == "queries":
+        spent = {"rdx": float(found.forwards.sum()), **{tool: float(computed[tool]["queries"]) for tool in case.tools}}
+        units = {tool: 1e-3 * queries for tool, queries in spent.items()}
+    else:
+        reached = {tool: strength(jnp.asarray(computed[tool]["x_adv"].transpose(0, 2, 3, 1))) for tool in case.tools}
+        reached = {"rdx": strength(found.x_adv), **reached}
+        best = max(reached.values())
+        allowed = SUCCESS_TOLERANCE if case.compare == "success" else LOSS_TOLERANCE * best
+        if not reached["rdx"] >= best - allowed:
+            sys.exit(f"Not timed: {case.compare} of {label} is {reached}, so the sides do different work.")
+    runs = {tool: lambda tool=tool: peer.seconds(f"{label}, {tool}") for tool in case.tools}
     taken, rounds = _bench.alternate({"rdx": lambda: _bench.seconds(run)} | runs, arguments.rounds)
+    per_unit = {tool: seconds / units[tool] for tool, seconds in taken.items()}
     return {
-        "case": f"PGD-{NUM_STEPS}, {net.name}",
-        **{f"{name} ms": 1e3 * value for name, value in taken.items()},
-        "ratio": taken["rdx"] / min(taken[tool] for tool in TOOLS),
+        "case": label,
+        "unit": "1,000 queries" if case.compare == "queries" else f"{len(x)} images",
+        **{f"{tool} ms": 1e3 * per_unit[tool] if tool in per_unit else "" for tool in ("rdx", *TOOLS)},
+        "ratio": per_unit["rdx"] / min(per_unit[tool] for tool in case.tools),
         "our compile s": first - taken["rdx"],
         "rounds x calls": rounds,
-        **{f"{name} loss": reached[name] for name in taken},
-        "max logit difference": agrees["max difference"],
+        "compared": ", ".join(f"{tool} {value:.4g}" for tool, value in reached.items()) or "queries of images",
     }
 
 
 def main():
     """Runs every case and reports."""
-    arguments = _bench.parse_arguments(__doc__.splitlines()[0])
+    arguments = _bench.parse_arguments(
+        __doc__.splitlines()[0], cases={"nargs": "+", "choices": list(CASES), "default": list(CASES)}
+    )
     if arguments.peer:
         _bench.serve(arguments.threads, TOOLS, theirs)
         return
@@ -100,13 +185,18 @@ def main():
         notes = _bench.settings(
             arguments,
             peer,
-            attack=f"linf, eps {EPS}, {NUM_STEPS} steps of {STEP_SIZE}, no random start, box [0, 1]",
-            loss="mean cross entropy of the adversarial examples, under our logits",
-            fairness="ours also keeps the strongest input seen and reports success, the peers return the last iterate; "
-            "their models need no gradients of weights; every side may compile and cache before the first round",
+            attacks="linf; PGD: eps 0.3, 40 steps of 0.01; APGD: eps 0.1; AutoAttack: standard, eps 0.02, labels are "
+            "the net's own predictions; by queries: eps 0.001, where nobody falls",
+            compared="mean cross entropy of the adversarial examples (PGD, APGD), share of success (AutoAttack), "
+            "under our logits",
+            fairness="ours also keeps the strongest input seen, counts queries and reports success; their models need "
+            "no gradients of weights; every side may compile and cache before the first round",
         )
-        rows = [measure(peer, _bench.NETS[net], arguments) for net in arguments.nets]
-    _bench.report("PGD: rdx, foolbox and torchattacks", notes, rows, arguments.out)
+        rows = [
+            measure(peer, name, CASES[name], _bench.NETS[net], arguments)
+            for name in arguments.cases for net in CASES[name].nets if net in arguments.nets
+        ]
+    _bench.report("Attacks: rdx and peers", notes, rows, arguments.out)
 
 
 if __name__ == "__main__":

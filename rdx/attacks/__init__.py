@@ -13,11 +13,18 @@ from rdx.attacks.ead import ead
 from rdx.attacks.fab import fab, fab_targeted
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.fmn import fmn
+from rdx.attacks.genattack import genattack
 from rdx.attacks.mim import mim
+from rdx.attacks.nattack import nattack
+from rdx.attacks.nes import nes
 from rdx.attacks.pgd import pgd
+from rdx.attacks.prgf import prgf
 from rdx.attacks.rfgsm import rfgsm
+from rdx.attacks.spsa import spsa
+from rdx.attacks.square import square
+from rdx.attacks.zoo import zoo
 
 __all__ = [
     "Loop", "apgd", "apgd_targeted", "bim", "cw", "cw_linf", "ddn", "deepfool", "ead", "fab", "fab_targeted", "fgsm",
-    "fmn", "limit", "mim", "pgd", "rfgsm",
+    "fmn", "genattack", "limit", "mim", "nattack", "nes", "pgd", "prgf", "rfgsm", "spsa", "square", "zoo",
 ]

@@ -241,7 +241,9 @@ def finish(context: Context, state: State) -> base.Found:
 
 def _ball_at(context: Context, i: ArrayLike) -> Ball:
     ball, radius = context.problem.ball, context.schedule.radius
-    return ball if radius is None else dataclasses.replace(ball, eps=radius[i].astype(context.problem.x.dtype) * ball.eps)
+    if radius is None:
+        return ball
+    return dataclasses.replace(ball, eps=radius[i].astype(context.problem.x.dtype) * ball.eps)
 
 
 def _look(context: Context, state: State) -> tuple[base.Candidate, Array, Array]:

@@ -67,7 +67,7 @@ def suite(
         raise ValueError(f"Unknown version {version!r}: use 'standard' or 'plus', or autoattack_rand.")
     stopping, wide = partial(_stopping, num_steps=num_steps), {"larger_radii": True} if norm == "l1" else {}
     num_targets = 5 if norm == "l1" else 9
-    squares = partial(_stopping, attack=square, num_queries=num_queries, goal=goals.misclassify(losses.margin))
+    squares = partial(_stopping, attack=square, num_steps=num_queries, goal=goals.misclassify(losses.margin))
     targeted = {
         "apgd-t": partial(stopping, attack=apgd_targeted, num_targets=num_targets, **wide),
         "fab-t": partial(stopping, attack=fab_targeted),
@@ -77,9 +77,8 @@ def suite(
     if version == "standard":
         return {"apgd-ce": ce, **targeted, "square": squares}
     dlr = partial(stopping, attack=apgd, num_restarts=5, goal=goals.misclassify(losses.dlr), **wide)
-    return {
-        "apgd-ce": ce, "apgd-dlr": dlr, "fab": partial(stopping, attack=fab, num_restarts=5), "square": squares, **targeted
-    }
+    boundary = partial(stopping, attack=fab, num_restarts=5)
+    return {"apgd-ce": ce, "apgd-dlr": dlr, "fab": boundary, "square": squares, **targeted}
 
 
 def autoattack(
@@ -147,9 +146,10 @@ def autoattack_rand(
     """
     draws_key, attack_key, judge_key = jax.random.split(key, 3)
     logits_fn = adaptive.eot(random_fn, draws_key, num_samples)
+    climbed = {"apgd-ce": losses.cross_entropy, "apgd-dlr": losses.dlr}
     attacks = {
-        f"apgd-{name}": partial(_stopping, attack=apgd, num_steps=num_steps, goal=goals.expected(goals.misclassify(loss)))
-        for name, loss in (("ce", losses.cross_entropy), ("dlr", losses.dlr))
+        name: partial(_stopping, attack=apgd, num_steps=num_steps, goal=goals.expected(goals.misclassify(loss)))
+        for name, loss in climbed.items()
     }
     goal = goals.expected(goals.misclassify())
     found = cascade(attack_key, attacks, logits_fn, x, labels, ball=ball, goal=goal, index=index, loop=loop).result

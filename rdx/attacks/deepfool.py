@@ -57,12 +57,12 @@ def deepfool(
         that is looked at.
 
     Raises:
-        ValueError: on unusable inputs, NaN logits, or candidates together with a goal or more than other classes.
+        ValueError: on unusable inputs, NaN logits, or no candidates or candidates for a goal.
     """
-    if goal is not None and num_candidates is not None:
-        raise ValueError("num_candidates chooses among wrong classes, and the goal has none: give one of them only.")
+    if num_candidates is not None and (goal is not None or num_candidates < 1):
+        raise ValueError(f"num_candidates={num_candidates}: give at least 1 wrong class to look at, and no goal.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    classes = minimal.other_classes(problem, num_candidates) if goal is None else None
+    classes = minimal.other_classes(problem)[:, :num_candidates] if goal is None else None
     found = clean if classes is None else clean._replace(forwards=clean.forwards + 1)
     context = _Context(problem._replace(data=classes), jnp.asarray(overshoot, problem.x.dtype))
     keys = base.example_keys(jax.random.key(0), problem.x)

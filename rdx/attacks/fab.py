@@ -12,8 +12,6 @@ from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
-# Targets of FAB-T, where there are so many wrong classes.
-_NUM_TARGETS = 9
 # Secant steps of the final search.
 _NUM_SEARCHES = 3
 _AIM = 0.01
@@ -99,13 +97,13 @@ def fab(
 
 
 def fab_targeted(
-    key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, index: ArrayLike | None = None,
-    num_steps: int = 100, num_restarts: int = 1, num_targets: int | None = None, alpha_max: ArrayLike = 0.1,
-    eta: ArrayLike = 1.05, beta: ArrayLike = 0.9, loop: driver.Loop = driver.AUTO,
+    key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, goal: Goal | None = None,
+    index: ArrayLike | None = None, num_steps: int = 100, num_restarts: int = 1, num_targets: int = 9,
+    alpha_max: ArrayLike = 0.1, eta: ArrayLike = 1.05, beta: ArrayLike = 0.9, loop: driver.Loop = driver.AUTO,
 ) -> AttackResult:
     """Runs FAB towards the boundary of one class after the other, for a single gradient a step; see `fab`.
 
-    The targets are the likeliest wrong classes of the clean input, and any misclassification is a success.
+    The targets are the likeliest wrong classes of the clean input; any misclassification is a success.
 
     Source: Croce & Hein (2020, arXiv:1907.02044; 2020, arXiv:2003.01690, Sec. 4). Differences: those of `fab`; the
     number of targets never exceeds that of wrong classes, where the released code fails.
@@ -116,10 +114,12 @@ def fab_targeted(
         x: clean inputs, shape `[B, ...]`.
         labels: shape `[B]`, int.
         ball: norm, box, and the greatest radius that counts, which may be infinite.
+        goal: what counts as success, and the loss that the final search reads; it must be positive where the goal is
+            reached. Any misclassification by default. The steps do not depend on it.
         index: places in the data set, shape `[B]`, int; `0..B-1` by default.
         num_steps: steps towards each target.
         num_restarts: how many times all targets are gone through; the first time from `x`, then from random points.
-        num_targets: number of targets; by default 9, or all wrong classes if they are fewer.
+        num_targets: number of targets, at least 1; all wrong classes if they are fewer.
         alpha_max: greatest weight of the clean input's projection.
         eta: how far a step goes, in units of that onto the boundary.
         beta: what is left of the perturbation after a success.
@@ -130,11 +130,12 @@ def fab_targeted(
         target and restart, `num_steps` gradients and `num_steps + 3` forward passes.
 
     Raises:
-        ValueError: on unusable inputs, NaN logits, or more targets than wrong classes.
+        ValueError: on unusable inputs, NaN logits, or no targets.
     """
-    problem, clean = base.begin(logits_fn, x, labels, ball, goals.misclassify(losses.margin))
-    classes = minimal.other_classes(problem, num_targets)
-    classes = classes[:, :_NUM_TARGETS] if num_targets is None else classes
+    if num_targets < 1:
+        raise ValueError(f"num_targets={num_targets}: give at least 1.")
+    problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
+    classes = minimal.other_classes(problem)[:, :num_targets]
     context = _context(problem, clean, classes, alpha_max, eta, beta, num_steps)
     found, trace = driver.run(
         _ONE_CLASS, context, base.example_keys(key, problem.x, index), clean._replace(forwards=clean.forwards + 1),

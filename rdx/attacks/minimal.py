@@ -58,28 +58,25 @@ def is_within(context: Any, found: base.Found) -> Array:
     return found.best.success & problem.ball.contains(found.best.x, problem.x)
 
 
-def other_classes(problem: base.Problem, num: int | None = None) -> Array:
+def other_classes(problem: base.Problem) -> Array:
     """Ranks the classes other than the label by the clean logits: one forward pass.
 
     Args:
-        problem: the attack's problem; the model returns logits `[B, K]`.
-        num: how many are wanted, at most `K - 1`, which is the default.
+        problem: the attack's problem.
 
     Returns:
-        Classes, the likeliest first, shape `[B, n]`, int32.
+        Classes, the likeliest first, shape `[B, K - 1]`, int32.
 
     Raises:
-        ValueError: if the model has a single output or `num` is not in `1..K - 1`.
+        ValueError: if the model does not return logits `[B, K]`.
     """
-    order = base.call(_rank_others, problem)
-    num = order.shape[1] if num is None else num
-    if not 1 <= num <= order.shape[1]:
-        raise ValueError(f"{num} classes besides the label were asked for, and the model has {order.shape[1]}.")
-    return order[:, :num]
+    return base.call(_rank_others, problem)
 
 
 def _rank_others(problem: base.Problem) -> Array:
     logits = problem.logits_fn(problem.x)
+    if not isinstance(logits, jax.Array) or logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError("The model does not return logits [B, K] of classes to choose from: give a goal instead.")
     is_label = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == problem.labels[:, None].astype(jnp.int32)
     order = jnp.argsort(jnp.where(is_label, -jnp.inf, logits), axis=1, descending=True)
     return order[:, :-1].astype(jnp.int32)

@@ -6,10 +6,9 @@ an attack or in the bookkeeping, and no table is made of it.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,10 @@ import numpy as np
 
 from rdx import bounds, compilation
 from rdx.attacks import resumption
-from rdx.balls import Ball, check_labels
-from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
-
-# (key, logits_fn, x, labels, *, ball, index) -> AttackResult
-Attack: TypeAlias = Callable[..., AttackResult]
+from rdx.balls import Ball
+from rdx.evaluate import shared
+from rdx.evaluate.shared import Attack
+from rdx.types import Array, ArrayLike, Key, LogitsFn
 
 
 class ContradictionError(AssertionError):
@@ -102,7 +100,7 @@ def evaluate(
     """
     report = on_progress or (lambda *_: None)
     label, logits_fn = np.asarray(labels), compilation.as_partial(logits_fn)
-    _check_inputs(logits_fn, x, label, ball)
+    shared.check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     settings = (tuple(attacks), num_attacked, cross_check, batch_size, method.__module__, method.__qualname__)
     store = _Store(checkpoint, resumption.digest(settings, (key, logits_fn, x, label, index, ball)))
@@ -146,26 +144,12 @@ def check(result: Evaluation) -> None:
             )
 
 
-def _check_inputs(logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball) -> None:
-    if np.ndim(ball.eps) and np.shape(ball.eps)[0] != 1:
-        raise ValueError(f"eps has shape {np.shape(ball.eps)}: errors are counted at one radius, give a scalar.")
-    ball.check(x)
-    check_labels(labels, x, jax.eval_shape(logits_fn, x[:1]).shape[1])
-
-
-def _check_attacked(name: str, x_adv: Array, x: Array, ball: Ball) -> None:
-    # Room for the rounding of x + delta, and no more.
-    roomy = dataclasses.replace(ball, eps=1.0001 * ball.eps + 1e-6)
-    if not bool(roomy.contains(x_adv, x).all()):
-        raise ValueError(f"Attack {name!r} left the ball or the box: project, or apply `attacks.limit` to its result.")
-
-
 def _certify(
     logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, batch_size: int, report: Callable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = []
     for start in range(0, len(labels), batch_size):
-        rows = _fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
+        rows = shared.fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
         predicted, certificate = _predict_and_certify(logits_fn, x[rows], labels[rows], ball, method)
         values = (predicted, certificate.certified, certificate.margins_lower.min(axis=1))
         parts.append([np.asarray(value)[: len(labels) - start] for value in values])
@@ -180,31 +164,23 @@ def _confirm(
 ) -> np.ndarray:
     """Keeps the certificates that float64 confirms: no verdict rests on the rounding of float32."""
     rows, kept = np.flatnonzero(certified), np.zeros(len(certified), bool)
-    for start in range(0, len(rows), batch_size):
-        taken = rows[start : start + batch_size]
-        filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
+    done = 0
+    for taken, filled in shared.walk(rows, batch_size):
         given = jnp.asarray(labels[filled])
         proof = bounds.certify_in_float64(logits_fn, x[filled], given, ball=ball, method=method)
         kept[taken] = np.asarray(proof.certified)[: len(taken)]
-        report("confirm", start + len(taken), len(rows))
+        done += len(taken)
+        report("confirm", done, len(rows))
     return kept
-
-
-def _predict(logits_fn: LogitsFn, x: Array) -> Array:
-    # The same precision as the certificate's: the two must speak of one function.
-    with jax.default_matmul_precision("highest"):
-        logits = logits_fn(x)
-    return jnp.where(jnp.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
 
 
 def _predict_and_certify_eagerly(
     logits_fn: LogitsFn, x: Array, labels: Array, ball: Ball, method: Callable
 ) -> tuple[Array, bounds.Certificate]:
-    return _predict(logits_fn, x), bounds.certify(logits_fn, x, labels, ball=ball, method=method)
+    return shared.predict(logits_fn, x), bounds.certify(logits_fn, x, labels, ball=ball, method=method)
 
 
 _predict_and_certify = jax.jit(_predict_and_certify_eagerly, static_argnames="method")
-_predict_compiled = jax.jit(_predict)
 
 
 def _attack(
@@ -215,14 +191,11 @@ def _attack(
     for number, (name, attack) in list(enumerate(attacks.items()))[first:]:
         # An attack that was interrupted meets again whom it broke before.
         standing = rows[np.isin(found["broken_by"][rows], (-1, number))]
-        # A name's key is its own, whichever attacks run beside it.
-        attack_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        for start in range(begun if number == first else 0, len(standing), batch_size):
-            taken = standing[start : start + batch_size]
-            filled = _fill(taken, min(batch_size, _power_of_two(len(taken))))
+        done, attack_key = begun if number == first else 0, shared.key_of(key, name)
+        for taken, filled in shared.walk(standing[done:], batch_size):
             result = attack(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
-            _check_attacked(name, result.x_adv, x[filled], ball)
-            predicted = np.asarray(_predict_compiled(logits_fn, result.x_adv))[: len(taken)]
+            shared.check_attacked(name, result.x_adv, x[filled], ball)
+            predicted = np.asarray(shared.predict_compiled(logits_fn, result.x_adv))[: len(taken)]
             # Success is what a fresh forward pass at full precision says, not what the attack believes.
             success = predicted != labels[taken]
             found["success"][taken] = success
@@ -231,8 +204,9 @@ def _attack(
             found["distance"][taken] = np.asarray(result.distance)[: len(taken)]
             for count in ("forwards", "gradients"):
                 found[count][taken] += np.asarray(getattr(result, count))[: len(taken)]
-            report(name, start + len(taken), len(standing))
-            store.save(saved._replace(place=np.array([number, start + batch_size])))
+            done += len(taken)
+            report(name, done, len(standing))
+            store.save(saved._replace(place=np.array([number, done])))
     return found
 
 
@@ -274,12 +248,3 @@ def _nothing_found(total: int) -> dict[str, np.ndarray]:
         "distance": np.zeros(total, np.float32), "forwards": np.zeros(total, np.int64),
         "gradients": np.zeros(total, np.int64), "broken_by": np.full(total, -1, np.int64),
     }
-
-
-def _power_of_two(size: int) -> int:
-    # Few sizes are compiled: the next power of two.
-    return 1 << (size - 1).bit_length()
-
-
-def _fill(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])

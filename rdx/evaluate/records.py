@@ -69,7 +69,27 @@ def environment() -> dict[str, Any]:
 
 
 def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any], result: Evaluation) -> None:
-    """Writes `name.npz` with the per-example results, then `name.json` with everything else.
+    """Writes `name.npz` with the per-example results, then `name.json` with everything else, as `write_arrays` does.
+
+    Args:
+        directory: where to; made if absent.
+        name: the record's name.
+        record: configuration, data fingerprint, seed, wall time and the like; dataclasses are resolved.
+        result: the evaluation.
+    """
+    write_arrays(directory, name, record, dataclasses.asdict(result))
+
+
+def read(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], Evaluation] | None:
+    """Reads a record, or None where none is complete."""
+    found = read_arrays(directory, name)
+    return None if found is None else (found[0], Evaluation(**found[1]))
+
+
+def write_arrays(
+    directory: str | os.PathLike[str], name: str, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `name.npz` with the arrays, then `name.json` with everything else.
 
     The JSON appears last and by renaming, so a record that can be read is complete. An older record of the same name
     disappears first.
@@ -78,26 +98,26 @@ def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any
         directory: where to; made if absent.
         name: the record's name.
         record: configuration, data fingerprint, seed, wall time and the like; dataclasses are resolved.
-        result: the evaluation.
+        arrays: by name, one row per example first.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").unlink(missing_ok=True)
     with _replacing(directory / f"{name}.npz") as path, open(path, "wb") as file:
-        np.savez_compressed(file, **dataclasses.asdict(result))
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] - taken for allow_pickle
     content = {"schema_version": _SCHEMA_VERSION, "name": name, **record, "environment": environment()}
     with _replacing(directory / f"{name}.json") as path:
         Path(path).write_text(json.dumps(_plain(content), indent=2) + "\n")
 
 
-def read(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], Evaluation] | None:
-    """Reads a record, or None where none is complete."""
+def read_arrays(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Reads what `write_arrays` wrote, or None where nothing is complete."""
     directory = Path(directory)
     if not (directory / f"{name}.json").exists():
         return None
-    with np.load(directory / f"{name}.npz") as arrays:
-        result = Evaluation(**{field: arrays[field] for field in arrays.files})
-    return json.loads((directory / f"{name}.json").read_text()), result
+    with np.load(directory / f"{name}.npz") as file:
+        arrays = {field: file[field] for field in file.files}
+    return json.loads((directory / f"{name}.json").read_text()), arrays
 
 
 class _replacing:  # noqa: N801 - reads as a statement
