@@ -31,8 +31,17 @@ class Case(NamedTuple):
     rtol: float = 1e-4
 
 
+# Steps so long that few suffice, from a constant that is about right.
+_FAST = {"step_size": 0.1, "initial_constant": 0.1}
+
 CASES = {
     "fgsm": Case(attacks.fgsm, is_random=False),
+    "rfgsm": Case(attacks.rfgsm, has_restarts=True),
+    "bim": Case(partial(attacks.bim, num_steps=6), is_random=False),
+    "mim": Case(partial(attacks.mim, num_steps=6), is_random=False),
+    "cw": Case(partial(attacks.cw, num_search_steps=4, num_steps=40, **_FAST), ("l2",), is_random=False),
+    "cw_linf": Case(partial(attacks.cw_linf, num_steps=100, patience=10, **_FAST), ("linf",), is_random=False),
+    "ead": Case(partial(attacks.ead, num_search_steps=4, num_steps=40, **_FAST), ("l1", "l2"), is_random=False),
     "pgd": Case(partial(attacks.pgd, num_steps=6), has_restarts=True),
     "apgd": Case(partial(attacks.apgd, num_steps=12), ("linf", "l2"), has_restarts=True),
     "deepfool": Case(partial(attacks.deepfool, num_steps=8), is_random=False),
