@@ -83,7 +83,8 @@ def config(preset: str) -> Config:
 def _smoke() -> Config:
     net = models.ConvNet((models.Conv(8, 3, 2),), (16,))
     return Config(
-        dataset="digits", preset="smoke", radii=(("linf", 0.1), ("l2", 0.5), ("l1", 2.0)), undefended=net, robust=net, every_norm=False,
+        dataset="digits", preset="smoke", radii=(("linf", 0.1), ("l2", 0.5), ("l1", 2.0)), every_norm=False,
+        undefended=net, robust=net,
         eps_train=0.1, train_steps=3, ramp=4, epochs=12, batch_size=64, learning_rate=5e-3, num_images=24,
         num_train=512, num_steps=6, search_steps=3, num_queries=60, num_samples=10, suite_steps=4, suite_queries=20,
         num_bisections=4, batch_attacked=32,
