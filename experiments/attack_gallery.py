@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from experiments import command_line, gallery_report
-from experiments.gallery_attacks import MINIMAL_NORM, Case, bind, cases
+from experiments.gallery_attacks import Case, bind, cases
 from experiments.gallery_presets import Config, config
 from rdx import attacks, data, models
 from rdx.balls import Ball
@@ -103,14 +103,14 @@ def _attack(run: Run, net: str, case: Case) -> None:
     name, records = f"{net}-{case.name}", run.directory / "records"
     if curves.read(records, f"{name}-strength") is None:
         _write(run, net, case, "strength", functools.partial(_follow, run, net, case))
-    if case.entry.kind in run.config.searched and curves.read(records, f"{name}-eps") is None:
+    is_searched = case.entry.kind in run.config.searched and not case.entry.is_minimal
+    if is_searched and curves.read(records, f"{name}-eps") is None:
         _write(run, net, case, "eps", functools.partial(_search, run, net, case))
 
 
 def _follow(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
-    is_minimal = case.entry.kind in MINIMAL_NORM
-    attack = bind(case, run.config, _substitute(run, case))
-    ball = Ball(case.norm, np.inf if is_minimal else case.eps)
+    attack = bind(case.entry, run.config, _substitute(run, case))
+    ball = Ball(case.norm, np.inf if case.entry.is_minimal else case.eps)
     return curves.against_strength(
         _key(run, case.name), _net(run, net), attack=attack, ball=ball, within=case.eps, **common
     )
@@ -118,8 +118,9 @@ def _follow(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
 
 def _search(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
     settings = dataclasses.replace(run.config, num_steps=run.config.search_steps)
+    attack = bind(case.entry, settings, _substitute(run, case))
     return curves.minimal_eps(
-        _key(run, case.name), _net(run, net), attack=bind(case, settings), ball=Ball(case.norm, case.eps / 2),
+        _key(run, case.name), _net(run, net), attack=attack, ball=Ball(case.norm, case.eps / 2),
         num_bisections=run.config.num_bisections, grid=gallery_report.grid(case.eps), **common,
     )
 
@@ -145,7 +146,7 @@ def _write(run: Run, net: str, case: Case, what: str, measure: Any) -> None:
 
 
 def _substitute(run: Run, case: Case) -> LogitsFn | None:
-    return _net(run, "substitute") if case.entry.kind == "transfer" else None
+    return _net(run, "substitute") if case.entry.needs_substitute else None
 
 
 def _net(run: Run, name: str) -> LogitsFn:

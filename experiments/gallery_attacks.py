@@ -6,24 +6,28 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from experiments.gallery_presets import Config
 from rdx import attacks
 from rdx.attacks import Loop
+from rdx.attacks.prgf import gradient_prior
+from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
 from rdx.evaluate import shared
 from rdx.types import AttackResult, LogitsFn, Norm
 
 WHITE, MINIMAL, SCORE, DECISION, TRANSFER, SUITE = (
     "white box", "minimal norm", "score", "decision", "transfer", "suite"
 )
-# Kinds that look for the smallest perturbation: one run gives the success at every radius.
-MINIMAL_NORM = (MINIMAL, DECISION)
-# What is fooled on the way is another model, or several attacks take part: only the end counts.
-UNTRACED = (TRANSFER, SUITE)
 
 
 def _nothing(config: Config) -> dict[str, Any]:
     del config
     return {}
+
+
+def _same(substitute: LogitsFn) -> LogitsFn:
+    return substitute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Entry:
         norms: in which norms it is run.
         options: from the preset to the attack's keywords.
         label: its name in the table; `attack` if empty.
+        substitute: what transfer attacks make of the substitute before they attack it.
+        prior: whether it is given the substitute's gradient, as `prior_fn`.
+        seeks_distance: whether it looks for the smallest perturbation, so that one run gives success at every radius;
+            minimal-norm and decision-based attacks do.
     """
 
     attack: str
@@ -43,11 +51,24 @@ class Entry:
     norms: tuple[Norm, ...]
     options: Callable[[Config], Mapping[str, Any]] = _nothing
     label: str = ""
+    substitute: Callable[[LogitsFn], LogitsFn] = _same
+    prior: bool = False
+    seeks_distance: bool | None = None
 
     @property
     def name(self) -> str:
         """The name in tables, pictures and records."""
         return self.label or self.attack
+
+    @property
+    def is_minimal(self) -> bool:
+        """Whether it looks for the smallest perturbation."""
+        return self.kind in (MINIMAL, DECISION) if self.seeks_distance is None else self.seeks_distance
+
+    @property
+    def needs_substitute(self) -> bool:
+        """Whether it is made on, or helped by, another net."""
+        return self.kind == TRANSFER or self.prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +89,52 @@ def _steps(config: Config) -> dict[str, Any]:
     return {"num_steps": config.num_steps}
 
 
+def _queries(config: Config) -> dict[str, Any]:
+    return {"num_queries": config.num_queries}
+
+
+def _samples(config: Config) -> dict[str, Any]:
+    return {"num_steps": max(1, config.num_queries // config.num_samples), "num_samples": config.num_samples}
+
+
+def _diverse(substitute: LogitsFn) -> LogitsFn:
+    return diverse_inputs(substitute, jax.random.key(0))
+
+
+def _invariant(substitute: LogitsFn) -> LogitsFn:
+    # 15 of 299 rows in the paper; a kernel that wide would blur small images to nothing.
+    return translation_invariant(_diverse(substitute), smoothing_kernel(size=3))
+
+
+LINF: tuple[Norm, ...] = ("linf",)
+L2: tuple[Norm, ...] = ("l2",)
+L1: tuple[Norm, ...] = ("l1",)
 TWO: tuple[Norm, ...] = ("linf", "l2")
 ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
 ENTRIES = (
-    Entry("fgsm", WHITE, TWO),
+    Entry("fgsm", WHITE, ALL),
     Entry("pgd", WHITE, ALL, _steps),
     Entry("apgd", WHITE, ALL, _steps),
-    Entry("apgd_targeted", WHITE, TWO, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("apgd_targeted", WHITE, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("deepfool", MINIMAL, TWO, _steps),
+    Entry("ddn", MINIMAL, L2, _steps),
+    Entry("fmn", MINIMAL, ALL, _steps),
+    Entry("fab", MINIMAL, ALL, _steps),
+    Entry("fab_targeted", MINIMAL, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("nes", SCORE, TWO, _samples),
+    Entry("spsa", SCORE, TWO, _samples),
+    Entry("nattack", SCORE, TWO, _samples),
+    Entry("prgf", SCORE, TWO, _samples, label="rgf"),
+    Entry("prgf", SCORE, TWO, _samples, prior=True),
+    Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
+    Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
+    Entry("zoo", SCORE, L2, lambda c: {"num_searches": 1, "initial_c": 10.0, "num_coordinates": c.num_samples // 2,
+                                       "num_steps": max(1, c.num_queries // c.num_samples)}, seeks_distance=True),
+    Entry("autoattack", SUITE, ALL, lambda c: {"num_steps": c.suite_steps, "num_queries": c.suite_queries}),
+    Entry("fgsm", TRANSFER, TWO, label="fgsm transferred"),
     Entry("pgd", TRANSFER, TWO, _steps, label="pgd transferred"),
+    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, diverse inputs", substitute=_diverse),
+    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, translation invariant", substitute=_invariant),
 )
 
 
@@ -87,37 +146,31 @@ def cases(config: Config) -> Iterator[Case]:
                 yield Case(entry, norm, eps)
 
 
-def bind(case: Case, config: Config, substitute: LogitsFn | None = None) -> Callable[..., AttackResult]:
+def bind(entry: Entry, config: Config, substitute: LogitsFn | None = None) -> Callable[..., AttackResult]:
     """Binds an attack's settings.
 
     Args:
-        case: the attack.
+        entry: the attack.
         config: the preset.
-        substitute: what transfer attacks are made on.
+        substitute: the net that `entry.needs_substitute` asks for.
 
     Returns:
-        An attack for `evaluate.curves`; with a trace, except for those of which only the end counts.
+        An attack for `evaluate.curves`; with a trace, except where another model is fooled on the way or several
+        attacks take part: there only the end counts.
 
     Raises:
-        ValueError: if a transfer attack has no substitute.
+        ValueError: if there is no substitute where one is needed.
     """
-    entry = case.entry
-    attack = getattr(attacks, entry.attack)
-    options = dict(entry.options(config))
-    if "loop" in inspect.signature(attack).parameters and entry.kind not in UNTRACED:
-        options.setdefault("loop", Loop(trace=True))
+    attack, options = getattr(attacks, entry.attack), dict(entry.options(config))
+    if entry.needs_substitute and substitute is None:
+        raise ValueError(f"{entry.name} needs a substitute: give one.")
+    if entry.prior and substitute is not None:
+        options["prior_fn"] = gradient_prior(substitute)
+    if "loop" in inspect.signature(attack).parameters and entry.kind not in (TRANSFER, SUITE):
+        # Budgets are those of the paper: nobody begins a step beyond it.
+        budget = config.num_queries if entry.kind in (SCORE, DECISION) else None
+        options["loop"] = Loop(trace=True, max_queries=budget)
     bound = functools.partial(attack, **options)
-    if entry.kind != TRANSFER:
-        return bound
-    if substitute is None:
-        raise ValueError(f"{entry.name} is made on a substitute: give one.")
-    return functools.partial(_transferred, bound, substitute)
-
-
-def _transferred(
-    attack: Callable[..., AttackResult], substitute: LogitsFn, key: Any, logits_fn: LogitsFn, *arguments: Any,
-    **options: Any,
-) -> AttackResult:
-    """Attacks the substitute; whoever judges does so by `logits_fn`."""
-    del logits_fn
-    return shared.keyed(attack)(key, substitute, *arguments, **options)
+    if entry.kind == TRANSFER and substitute is not None:
+        return transfer(shared.keyed(bound), entry.substitute(substitute))
+    return bound

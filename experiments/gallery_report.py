@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.gallery_attacks import MINIMAL_NORM, Case, cases
+from experiments.gallery_attacks import Case, cases
 from experiments.gallery_presets import Config
 from rdx import metrics, plotting
 from rdx.evaluate import curves, report
@@ -68,7 +68,7 @@ def _read(records: Path, config: Config, net: str) -> Iterator[Found]:
         if read is None:
             continue
         searched = curves.read(records, f"{net}-{case.name}-eps")
-        if case.entry.kind in MINIMAL_NORM:
+        if case.entry.is_minimal:
             yield Found(case, *read, curves.against_eps(read[1]))
         else:
             yield Found(case, *read, None if searched is None else searched[1])
