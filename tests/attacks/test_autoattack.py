@@ -32,8 +32,9 @@ def _batch(model, num=24):
     return x, labels.at[:2].set((labels[:2] + 1) % 2)
 
 
-@pytest.mark.parametrize("norm", EPS)
-@pytest.mark.parametrize("version", ["standard", "plus"])
+@pytest.mark.parametrize(
+    ("version", "norm"), [("standard", "linf"), ("standard", "l2"), ("standard", "l1"), ("plus", "linf")]
+)
 def test_an_example_falls_to_the_first_attack_that_breaks_it(norm, version, key):
     model = _model()
     (x, labels), ball = _batch(model), Ball(norm, EPS[norm])
@@ -48,8 +49,9 @@ def test_an_example_falls_to_the_first_attack_that_breaks_it(norm, version, key)
     np.testing.assert_array_equal(broken_by == -1, losses.is_wrong(model(x), labels))
     np.testing.assert_array_equal(broken_by < len(suite), result.success)
     assert 3 < result.success.sum() < len(x)
-    together = attacks.autoattack(key, model, x, labels, ball=ball, version=version, **FEW)
-    np.testing.assert_array_equal(together.x_adv, result.x_adv)
+    if (version, norm) == ("standard", "linf"):
+        together = attacks.autoattack(key, model, x, labels, ball=ball, version=version, **FEW)
+        np.testing.assert_array_equal(together.x_adv, result.x_adv)
     # What stands has paid for every attack, what was wrong before for none.
     assert (result.forwards[broken_by == -1] == 1).all()
     assert (result.forwards[broken_by == len(suite)] > result.forwards[broken_by == 0].max()).all()
