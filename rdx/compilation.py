@@ -2,17 +2,39 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from jax import lax
 from jax.tree_util import Partial
+
+_T = TypeVar("_T")
 
 # XLA's newer CPU kernels take over matrix products and, by default, reductions. Without the reductions a bound of a
 # convolutional net takes 0.7 (IBP) to 0.75 (CROWN-IBP) of its time and a training step 0.6; dense nets gain up to a
 # twentieth (jax 0.10.2, 2 cores).
 _OPTIONS: dict[str, bool | str] = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # Barriers last until operations are fused, see `materialised`.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+
+
+def materialised(arrays: _T) -> _T:
+    """Has arrays, and their cotangents, computed once on CPUs and not again by everything that they enter.
+
+    XLA fuses the arithmetic that leads to an array into all its consumers there, also into those that read elements in
+    another order, or more than once: the transposed copy that the weight gradient of a convolution makes, the sum that
+    is a bias's gradient. That took half of a certified training step. It needs `cpu_options`, without which XLA removes
+    the barrier before it fuses.
+
+    Args:
+        arrays: a pytree.
+
+    Returns:
+        The same arrays.
+    """
+    return lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
 
 
 def as_partial(fn: Callable[..., Any]) -> Partial:
@@ -34,7 +56,7 @@ def cpu_options() -> dict[str, bool | str]:
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda x: x, compiler_options=_OPTIONS).lower(0.0).compile()
+        jax.jit(lax.optimization_barrier, compiler_options=_OPTIONS).lower(0.0).compile()
     except Exception:  # noqa: BLE001 - an unknown option is reported by exceptions of several kinds
         return {}
     return dict(_OPTIONS)

@@ -9,11 +9,16 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rdx.bounds.graph import LOGSUMEXP, MONOTONE, PIECEWISE_LINEAR, POOL, Graph, Node, Op, UnsupportedPrimitiveError
 from rdx.bounds.interval import Interval
 from rdx.types import Array
+
+# Matrices of so many bytes are taken in pieces, this many, on CPUs.
+_LARGE, _NUM_PIECES = 2**24, 16
 
 
 def walk(graph: Graph, *inputs: Interval) -> dict[Node, Interval]:
@@ -54,10 +59,42 @@ def evaluate(op: Op, inputs: Sequence[Interval], *, centers: Sequence[Array] | N
         first, second = inputs
         return (Interval(first.lower - second.upper, first.upper - second.lower),)
     # Bilinear with one constant: W c and |W| r. Division is multiplication by a reciprocal.
-    is_node = [isinstance(value, Node) for value in op.inputs]
-    (center,) = centers or op.fn(*(v.center if moves else v.lower for v, moves in zip(inputs, is_node, strict=True)))
-    (radius,) = op.fn(*(v.radius if moves else jnp.abs(v.lower) for v, moves in zip(inputs, is_node, strict=True)))
+    ((place, moving),) = ((i, v) for i, v in enumerate(inputs) if isinstance(op.inputs[i], Node))
+    (center,) = centers or op.apply(moving.center)
+    radius = _radius(op, *(moving.radius if i == place else v.lower for i, v in enumerate(inputs)))
     return (Interval(center - radius, center + radius),)
+
+
+def _radius(op: Op, *values: Array) -> Array:
+    """Computes `|W| r`, given `r` in the place of the node and `W` in that of the constant."""
+    matrix = next(value for value, given in zip(values, op.inputs, strict=True) if not isinstance(given, Node))
+    if op.name == "dot_general" and matrix.nbytes >= _LARGE and jax.default_backend() == "cpu":
+        return _radius_by_pieces(op, *values)
+    return _whole_radius(op, *values)
+
+
+def _whole_radius(op: Op, *values: Array) -> Array:
+    parts = zip(values, op.inputs, strict=True)
+    return op.fn(*(value if isinstance(given, Node) else jnp.abs(value) for value, given in parts))[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _radius_by_pieces(op: Op, *values: Array) -> Array:
+    """Sums over pieces of what is contracted: `|W|` as a whole takes longer to write to new memory than to use."""
+    axes = [contracted[0] for contracted in op.params["dimension_numbers"][0]]
+    count = math.gcd(values[0].shape[axes[0]], _NUM_PIECES)
+    split = [
+        jnp.moveaxis(value.reshape(*value.shape[:axis], count, -1, *value.shape[axis + 1 :]), axis, 0)
+        for value, axis in zip(values, axes, strict=True)
+    ]
+    return lax.map(lambda pieces: _whole_radius(op, *pieces), split).sum(axis=0)
+
+
+@_radius_by_pieces.defjvp
+def _radius_jvp(op: Op, values: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    # The derivative needs `|W|` in a product of its own, and a loop would only keep the pieces for it.
+    _, tangent = jax.jvp(functools.partial(_whole_radius, op), values, tangents)
+    return _radius_by_pieces(op, *values), tangent
 
 
 def _hull(*values: Array) -> Interval:

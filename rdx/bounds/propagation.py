@@ -14,6 +14,7 @@ from rdx.bounds.chunks import two_sided
 from rdx.bounds.graph import Graph, Node, Op
 from rdx.bounds.interval import Interval
 from rdx.bounds.relaxations import Lines
+from rdx.compilation import materialised
 from rdx.types import Array, PyTree
 
 
@@ -156,6 +157,9 @@ def propagate(graph: Graph, regions: Sequence[Region], enter: Callable[[Op, Know
             inputs = [known.intervals[v] if isinstance(v, Node) else Interval(v, v) for v in op.inputs]
             outputs = arithmetic.evaluate(op, inputs, centers=centers)
         else:
+            for node in op.nodes:
+                met = materialised((known.intervals[node], known.centers[node]))
+                known.intervals[node], known.centers[node] = met
             notes.entered[op] = enter(op, known)
             outputs = (relaxations.propagate(op, notes.entered[op]),)
             centers = (outputs[0].center,)

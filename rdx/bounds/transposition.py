@@ -19,6 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from rdx.bounds.graph import Node, Op
+from rdx.compilation import materialised
 from rdx.types import Array
 
 
@@ -119,6 +120,7 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
 
     def backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         rows, kernel = saved
+        rows, cotangent = materialised((rows, cotangent))
         output, weight_vjp = jax.vjp(lambda w: convolve(cotangent, w), kernel)
         return output, weight_vjp(rows)[0]
 

@@ -1,0 +1,31 @@
+"""What the compiler makes of functions with `rdx.compilation`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdx import compilation
+
+
+def test_materialised_values_are_the_same_and_so_are_gradients():
+    x = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(3.0)}
+
+    def total(x):
+        x = compilation.materialised(x)
+        return (jnp.sin(x["a"]) * x["b"]).sum()
+
+    value, gradient = jax.value_and_grad(total)(x)
+    np.testing.assert_array_equal(value, (jnp.sin(x["a"]) * x["b"]).sum())
+    np.testing.assert_array_equal(gradient["a"], jnp.cos(x["a"]) * x["b"])
+    np.testing.assert_array_equal(gradient["b"], jnp.sin(x["a"]).sum())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a matter of the CPU backend")
+def test_options_keep_materialised_arrays_from_fusion():
+    # Without the barrier XLA computes the exponentials within the sum, without the option it drops the barrier.
+    def total(x):
+        return compilation.materialised(jnp.exp(x) + x).T.sum(axis=1)
+
+    compiled = jax.jit(total, compiler_options=compilation.cpu_options()).lower(jnp.ones((300, 200))).compile()
+    assert "opt-barrier" in compiled.as_text()
