@@ -32,7 +32,8 @@ class Case(NamedTuple):
 CASES = {
     "fgsm": Case(attacks.fgsm, is_random=False),
     "pgd": Case(partial(attacks.pgd, num_steps=6), has_restarts=True),
-    "apgd": Case(partial(attacks.apgd, num_steps=12), ("linf", "l2"), has_restarts=True),
+    "apgd": Case(partial(attacks.apgd, num_steps=12), has_restarts=True),
+    "apgd_targeted": Case(partial(attacks.apgd_targeted, num_steps=8), has_restarts=True),
     "deepfool": Case(partial(attacks.deepfool, num_steps=8), is_random=False),
     "fab": Case(partial(attacks.fab, num_steps=6, num_restarts=2)),
     "fab_targeted": Case(partial(attacks.fab_targeted, num_steps=6, num_restarts=2, num_targets=2)),
