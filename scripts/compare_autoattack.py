@@ -52,7 +52,7 @@ def _layers(*channels):
 
 TASKS = {
     "mnist": Task(_bench.Net("mnist", _layers(16, 32)), "mnist", 2500, {"linf": 0.2, "l2": 1.5}),
-    "cifar": Task(_bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 3500, {"linf": 8 / 255, "l2": 0.5}),
+    "cifar": Task(_bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 1500, {"linf": 8 / 255, "l2": 0.5}),
 }
 
 

@@ -112,7 +112,9 @@ def apgd(
     l1: `x_{k+1} = P(x_k + s * sign(g_k) / m)` on the `m` largest elements of the gradient `g_k`, from Gaussian noise
     projected, with `s = eps` and a fifth of the elements. Every `0.04 n` iterations `m` becomes two thirds of the
     number of elements in which the point of greatest loss differs from `x`; where that number fell below 95 % of what
-    it was, the search resumes there with `s = eps`, elsewhere `s` falls by 1.5, down to `eps / 10`.
+    it was, the search resumes there with `s = eps`, elsewhere `s` falls by 1.5, down to `eps / 10`. That is made for
+    images: with few elements, or a radius that one of them exhausts, `pgd` finds more, because `m` counts elements that
+    the box holds back and, rounded up, never falls from two to one.
 
     With `goals.misclassify(losses.dlr)` it is APGD-DLR, by default APGD-CE.
 

@@ -1,5 +1,6 @@
 """Auto-PGD for l1 and from larger radii: hand-computed steps, the adaptive sparsity, and what counts as found."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,6 +72,28 @@ def test_what_larger_balls_hold_is_not_found(norm, key):
     assert not found.success.any()
     assert ball.contains(found.x_adv, x).all()
     assert (found.loss > losses.cross_entropy(_pit(0.0, x), labels) + 1e-3).all()
+
+
+def _linear(w, x):
+    return x @ w
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_the_optimum_of_ball_and_box_on_a_linear_model(larger, key):
+    w = jax.random.normal(jax.random.key(1), (50, 2))
+    x, ball = jax.random.uniform(jax.random.key(2), (6, 50), minval=0.3, maxval=0.7), Ball("l1", 3.0)
+    model = Partial(_linear, w)
+    labels, goal = (x @ w).argmax(axis=1), goals.misclassify(losses.margin)
+    found = attacks.apgd(key, model, x, labels, ball=ball, goal=goal, larger_radii=larger)
+    # The largest weights take all the room that the box leaves, until the radius is spent.
+    gain = np.where(labels == 0, 1.0, -1.0)[:, None] * np.asarray(w[:, 1] - w[:, 0])[None]
+    order = np.argsort(-np.abs(gain), axis=1)
+    room = np.take_along_axis(np.where(gain > 0, 1.0 - x, x), order, axis=1)
+    before = np.cumsum(room, axis=1) - room
+    best = (np.clip(3.0 - before, 0.0, room) * np.take_along_axis(np.abs(gain), order, axis=1)).sum(axis=1)
+    reached = found.loss - losses.margin(x @ w, labels)
+    assert (reached <= best * (1 + 1e-5)).all()
+    assert (reached >= 0.99 * best).all()
 
 
 def _bowls(center, x):

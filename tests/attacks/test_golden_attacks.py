@@ -12,6 +12,8 @@ from jax.tree_util import Partial
 from rdx import goals, losses
 from rdx.attacks import base
 from rdx.attacks.apgd import prepare, start_from, step
+from rdx.attacks.hyperplane import project_onto_hyperplane
+from rdx.attacks.square import schedule
 from rdx.balls import Ball
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden"
@@ -104,3 +106,23 @@ def test_dlr_values_with_ties():
         np.testing.assert_allclose(losses.dlr(logits, labels), golden["dlr"], rtol=RTOL, atol=1e-15)
         targeted = losses.targeted_dlr(logits, labels, targets)
         np.testing.assert_allclose(targeted, golden["targeted"], rtol=RTOL, atol=1e-15)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_fab_projects_onto_the_same_point(norm):
+    golden = _load("fab")
+    with jax.enable_x64(True):
+        points, w, b = (jnp.asarray(golden[key]) for key in ("points", "w", "b"))
+        found = np.array(project_onto_hyperplane(points, w, b, 0.0, 1.0, norm)) - golden["points"]
+    np.testing.assert_allclose(found, golden[norm], rtol=RTOL, atol=RTOL)
+
+
+@pytest.mark.parametrize("side", [8, 28, 32])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_square_has_the_same_schedule(norm, side):
+    golden = _load("square")
+    shares, sides = schedule(np.arange(9000), side, side, norm=norm)
+    np.testing.assert_array_equal(sides[:2100], golden[f"{norm}.{side}"])
+    np.testing.assert_array_equal(shares, golden["p"])
+    rescaled, _ = schedule(np.arange(1000) * 10_000 // 1000, side, side, norm=norm)
+    np.testing.assert_array_equal(rescaled, golden["p.rescaled"])
