@@ -34,10 +34,11 @@ def deepfool(
     `|f| / ||w||_2^2 * w` for l2, `|f| / ||w||_1 * sign(w)` for linf and, for l1, `|f| / |w_i|` on the one element of
     greatest `|w_i|`, for the `j` of smallest `|f_j| / ||w_j||_q` in the dual norm.
 
-    Source: Moosavi-Dezfooli et al. (2016, arXiv:1511.04599, Algorithm 2 and Sec. 3.3). As in the authors' code,
-    `x_k` has the overshoot of the total perturbation, and the first `x_k` that succeeds is the result. Differences: the
-    box is part of every step, where the paper has none, as are elements of radius 0; a goal can be given. Dong et al.
-    (2020, ARES) overshoot every single step, and step by `|f| / ||w||_2 * sign(w)` in linf, too far by up to `sqrt(d)`.
+    Source: Moosavi-Dezfooli et al. (2016, arXiv:1511.04599, Algorithm 2 and Sec. 3.3). As in the authors' code the
+    model is linearised, and success judged, where the total perturbation has its overshoot, and the first success is
+    the result. Differences: the box is part of every step, where the paper has none; elements of radius 0 stay; a goal
+    can be given. The code of Dong et al. (2020, ARES) steps by `|f| / ||w||_2 * sign(w)` in linf, which is too far by
+    up to `sqrt(d)`.
 
     Args:
         logits_fn: `x [B, ...] -> logits [B, K]`.

@@ -105,7 +105,7 @@ def fab_targeted(
 
     The targets are the likeliest wrong classes of the clean input; any misclassification is a success.
 
-    Source: Croce & Hein (2020, arXiv:1907.02044; 2020, arXiv:2003.01690, Sec. 4). Differences: those of `fab`; the
+    Source: Croce & Hein (2020, arXiv:1907.02044; for the targets 2020, arXiv:2003.01690). Differences: those of `fab`; the
     number of targets never exceeds that of wrong classes, where the released code fails.
 
     Args:

@@ -41,11 +41,11 @@ def fmn(
 
     where `alpha_k` and `gamma_k` fall along a cosine, to a hundredth of `step_size` and a fiftieth of `gamma`.
 
-    Source: Pintor et al. (2021, arXiv:2102.12827, Algorithm 1). Where the paper sets the hyperparameters by model and
-    norm, the defaults are those of the code that its authors recommend (Rony, adversarial-library). Differences: `P`
-    projects onto the intersection of ball and box, where the code projects onto the ball and clips; the factor
-    `1 + gamma_k` in the first line, without which the search of an almost linear model ends on the boundary, on the
-    wrong side; the l0 variant is left out; the last iterate is evaluated, too.
+    Source: Pintor et al. (2021, arXiv:2102.12827, Algorithm 1). The paper sets the hyperparameters by model and norm;
+    step sizes and rates default to those of Rony's adversarial-library. Differences: `P` projects onto the intersection
+    of ball and box, where the code projects onto the ball and clips; the factor `1 + gamma_k` in the first line,
+    without which the search of an almost linear model ends on the boundary, on the wrong side; the l0 variant is left
+    out; the last iterate is evaluated, too.
 
     Args:
         logits_fn: `x [B, ...] -> logits [B, K]`.

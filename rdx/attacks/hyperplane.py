@@ -24,7 +24,7 @@ def project_onto_hyperplane(
     for l2, and for l1 the whole room on the elements of greatest `|w_i|`. Where the box does not reach the hyperplane,
     every element goes to its end of the box: the corner that comes closest.
 
-    Source: Croce & Hein (2020, arXiv:1907.02044, Eq. 4 and Sec. 2.2). The released code sorts; here nothing is sorted,
+    Source: Croce & Hein (2020, arXiv:1907.02044, Eq. 4). The released code sorts; here nothing is sorted,
     which on CPUs costs ten times more than all the rest: the multiplier `t` rises until no further element meets its
     room, exactly and in a few rounds, and the l1 threshold on `|w_i|` is bisected.
 

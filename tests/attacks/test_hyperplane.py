@@ -1,5 +1,7 @@
 """Projections onto a hyperplane in a box against convex programs, corners and hand computations."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +105,23 @@ def test_the_nearest_hyperplane(norm):
         assert np.isfinite(distances).any()
         np.testing.assert_allclose(distances[place[i]], min(distances), rtol=1e-4)
         np.testing.assert_allclose(norms.norm(found[i:i + 1] - x[i:i + 1], norm), [min(distances)], rtol=1e-4)
+
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "attacks_fab.npz"
+
+
+@each_norm
+def test_agrees_with_the_released_code(norm):
+    """Compares with the projections of AutoAttack's FAB (scripts/make_golden_attacks.py): where they go, how far."""
+    stored = np.load(GOLDEN)
+    x, w, b = (stored[name].astype(np.float32) for name in ("points", "w", "b"))
+    found, theirs = np.asarray(project(x, w, b, 0.0, 1.0, norm=norm), np.float64), stored["points"] + stored[norm]
+    size = np.maximum(np.abs(stored["w"]).sum(axis=1), 1e-3)
+    gap, left, their_left = (
+        np.abs(stored["b"] - (stored["w"] * v).sum(axis=1)) / size for v in (stored["points"], found, theirs)
+    )
+    distance, theirs = (np.asarray(norms.norm(jnp.asarray(v - stored["points"]), norm)) for v in (found, theirs))
+    is_reached = (left < 1e-6) & (gap > 1e-6)
+    np.testing.assert_allclose(left, their_left, atol=1e-6)
+    np.testing.assert_allclose(distance[is_reached], theirs[is_reached], rtol=1e-5, atol=1e-6)
+    assert 0.5 < is_reached.mean() < 0.9
