@@ -65,7 +65,7 @@ def ead(
         step_size: the first step's factor of the gradient.
         initial_constant: the first `c`.
         beta: weight of the l1 norm, and how far one step shrinks, in input units.
-        confidence: the loss from which on a success counts; the clean input is exempt.
+        confidence: the loss from which on a success counts; where none is found the result is `x`, be it wrong or not.
         decision: which success is the nearest: by the ball's norm, the paper's L1 rule for l1 balls, or by
             `||v - x||_2^2 + beta * ||v - x||_1`, its EN rule, which may pass over a success within `ball.eps`.
         loop: see `rdx.attacks.driver.Loop`.
