@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import cast
 
 import jax
@@ -190,7 +191,7 @@ class Ball:
         delta = point - center
         is_fixed = radius == 0
         scaled = jnp.where(is_fixed, 0.0, delta / jnp.where(is_fixed, 1.0, radius))
-        in_ball = norms.norm(scaled, self.norm) <= 1.0 + tolerance * max(1.0, float(np.sqrt(delta[0].size)))
+        in_ball = norms.norm(scaled, self.norm) <= 1.0 + tolerance * max(1.0, math.sqrt(math.prod(delta.shape[1:])))
         stays = jnp.where(is_fixed, jnp.abs(delta) <= tolerance, True)
         low, high = (jnp.asarray(end, dtype=point.dtype) for end in (self.low, self.high))
         in_box = (point >= low - tolerance) & (point <= high + tolerance)

@@ -9,7 +9,12 @@ import numpy as np
 from rdx.types import ArrayLike
 
 _INK, _MUTED = "#222222", "#8a8a8a"
-_COLOURS = ("#1b6ca8", "#d1495b", "#2a9d6f", "#8d6cab", "#c98b2b", "#5c6b73")
+_COLOURS = (
+    "#1b6ca8", "#d1495b", "#2a9d6f", "#8d6cab", "#c98b2b", "#5c6b73", "#17a2b8", "#7a4b2b", "#d96fae", "#86962b",
+)
+_LINES = (
+    "solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5, 1.5, 1.5)), (0, (9, 3)),
+)
 
 
 def triplets(
@@ -77,6 +82,70 @@ def curves(
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def accuracy_against_eps(
+    path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, x_label: str, heading: str,
+    groups: Mapping[str, str] | None = None, worst: tuple[ArrayLike, ArrayLike] | None = None,
+    marked: float | None = None,
+) -> None:
+    """Draws the accuracy that each of several attacks leaves against its radius, as in Fig. 3 of Dong et al. (2020).
+
+    Args:
+        path: where the PNG goes.
+        series: attack -> (values, accuracy in percent at each value), drawn as steps.
+        x_label: what the horizontal axis measures.
+        heading: title of the picture.
+        groups: attack -> kind; each kind has a line style.
+        worst: values and accuracy under the worst of all attacks, drawn in black.
+        marked: a value of the horizontal axis to point out.
+    """
+    _accuracy(path, series, x_label, heading, groups, worst, marked, is_logarithmic=False)
+
+
+def accuracy_against_strength(
+    path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, x_label: str, heading: str,
+    groups: Mapping[str, str] | None = None, worst: tuple[ArrayLike, ArrayLike] | None = None,
+) -> None:
+    """Draws the accuracy that each of several attacks leaves against queries or steps, on a logarithmic axis.
+
+    As in Fig. 4 of Dong et al. (2020). Arguments are those of `accuracy_against_eps`.
+    """
+    _accuracy(path, series, x_label, heading, groups, worst, None, is_logarithmic=True)
+
+
+def _accuracy(
+    path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], x_label: str, heading: str,
+    groups: Mapping[str, str] | None, worst: tuple[ArrayLike, ArrayLike] | None, marked: float | None, *,
+    is_logarithmic: bool,
+) -> None:
+    groups = groups or dict.fromkeys(series, "")
+    kinds = list(dict.fromkeys(groups[name] for name in series))
+    figure = _figure(8.4, max(4.2, 0.19 * len(series) + 1.6))
+    axis = figure.subplots()
+    # The legend lists the attacks in the order of their curves, the weakest on top.
+    ordered = sorted(series, key=lambda name: -float(np.mean(np.asarray(series[name][1]))))
+    for name in ordered:
+        style = _LINES[kinds.index(groups[name]) % len(_LINES)]
+        # Counted among its kind, so that no two of one line style share a colour.
+        place = [other for other in series if groups[other] == groups[name]].index(name)
+        colour = _COLOURS[place % len(_COLOURS)]
+        label = f"{name} ({groups[name]})" if groups[name] else name
+        axis.plot(*series[name], drawstyle="steps-post", linestyle=style, linewidth=1.5, color=colour, label=label)
+    if worst is not None:
+        axis.plot(*worst, drawstyle="steps-post", linewidth=2.4, color=_INK, alpha=0.8, label="worst case")
+    if marked is not None:
+        axis.axvline(marked, color=_MUTED, linestyle="--", linewidth=1.0)
+    axis.set(xlabel=x_label, ylabel="accuracy under attack, %", ylim=(-2.0, 102.0))
+    if is_logarithmic:
+        axis.set_xscale("log")
+    axis.set_title(heading, fontsize=10, color=_INK)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if series or worst is not None:
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.2)
     figure.tight_layout()
     _save(figure, path)
 

@@ -34,6 +34,7 @@ not, so here what is below 1e-12 does not count.
 
 # ruff: noqa: TID251
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -47,7 +48,11 @@ NETS = {
 }
 EPS = {"linf": 0.1, "l2": 0.28, "l1": 0.9}
 LOSSES = {"ce": "ce", "dlr": "dlr", "targeted": "dlr-targeted"}
-STEPS = (20, 50)
+# On conv DLR reaches its largest value, 1, where every decision hangs on the last digits.
+CASES = {
+    "mlp": [(loss, steps) for loss in LOSSES for steps in (20, 50)],
+    "conv": [("ce", 50), ("targeted", 50)],
+}
 
 
 def draw_arrays(name):
@@ -106,7 +111,7 @@ def record_apgd(name):
     from autoattack import autopgd_base
 
     autopgd_base.L0_norm = lambda delta: (delta.abs() > 1e-12).reshape(len(delta), -1).sum(-1)
-    stored, net = draw_arrays(name), None
+    stored = draw_arrays(name)
     net = build(name, stored)
     for place in ("box", "middle"):
         order = net(torch.tensor(stored[f"x.{place}"], dtype=torch.float64)).argsort(dim=1)
@@ -117,21 +122,19 @@ def record_apgd(name):
         labels, targets = (torch.tensor(stored[f"{key}.{place}"]) for key in ("labels", "targets"))
         torch.rand = lambda *_, noise=noise, **__: (noise + 1.0) / 2.0
         torch.randn = torch.randn_like = lambda *_, noise=noise, **__: noise.clone()
-        for loss, their_loss in LOSSES.items():
-            for steps in STEPS:
-                for wide in (False, True) if norm == "l1" else (False,):
-                    recorder = Recorder(net)
-                    attack = autopgd_base.APGDAttack_targeted(
-                        recorder, n_iter=steps, norm=norm.capitalize(), eps=eps, device="cpu"
-                    )
-                    attack.init_hyperparam(x)
-                    attack.loss, attack.y_target = their_loss, targets
-                    if wide:
-                        first = int(np.ceil(0.3 * steps))
-                        attack.decr_eps_pgd(x, labels, [3.0 * eps, 2.0 * eps, eps], [first, first, steps - 2 * first])
-                    else:
-                        attack.attack_single_run(x, labels)
-                    stored.update(recorder.collect(f"{norm}.{loss}.{steps}{'.wide' if wide else ''}"))
+        for (loss, steps), wide in itertools.product(CASES[name], (False, True) if norm == "l1" else (False,)):
+            recorder = Recorder(net)
+            attack = autopgd_base.APGDAttack_targeted(
+                recorder, n_iter=steps, norm=norm.capitalize(), eps=eps, device="cpu"
+            )
+            attack.init_hyperparam(x)
+            attack.loss, attack.y_target = LOSSES[loss], targets
+            if wide:
+                first = int(np.ceil(0.3 * steps))
+                attack.decr_eps_pgd(x, labels, [3.0 * eps, 2.0 * eps, eps], [first, first, steps - 2 * first])
+            else:
+                attack.attack_single_run(x, labels)
+            stored.update(recorder.collect(f"{norm}.{loss}.{steps}{'.wide' if wide else ''}"))
     return stored
 
 
@@ -179,7 +182,8 @@ def record_square():
     stored = {}
     for side in (8, 28, 32):
         for norm in EPS:
-            attack, sides = square.SquareAttack(None, norm=norm.capitalize(), n_queries=2100, eps=0.1, resc_schedule=False), []
+            attack = square.SquareAttack(None, norm=norm.capitalize(), n_queries=2100, eps=0.1, resc_schedule=False)
+            sides = []
 
             def net(x, sides=sides):
                 caller = sys._getframe(2).f_locals

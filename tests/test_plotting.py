@@ -64,6 +64,28 @@ def test_curves(tmp_path):
     plotting.curves(tmp_path / "baseline.png", {}, x_label="x", y_label="y", heading="", baseline=("base", 40.0))
 
 
+@pytest.mark.parametrize("draw", [plotting.accuracy_against_eps, plotting.accuracy_against_strength])
+def test_accuracy_of_many_attacks(draw, tmp_path):
+    xs = np.geomspace(1, 100, 20)
+    series = {f"attack {i}": (xs, np.linspace(90, 4.0 * i, 20)) for i in range(20)}
+    options = {"x_label": "x", "heading": "heading"}
+    inked = []
+    for name, more in {
+        "plain": {}, "groups": {"groups": {name: f"kind {i % 4}" for i, name in enumerate(series)}},
+        "worst": {"worst": (xs, np.zeros(20))},
+    }.items():
+        draw(tmp_path / f"{name}.png", series, **options, **more)
+        pixels = _open(tmp_path / f"{name}.png")
+        assert pixels.shape[1] == 1260
+        # The legend of twenty has its place beside the curves, and fits.
+        assert (pixels[:, 1000:] < 0.5).any(axis=2).any(axis=1).mean() > 0.2
+        assert (pixels[-8:] > 0.9).all()
+        inked.append((pixels < 0.5).any(axis=2).sum())
+    # Dashes of the kinds take less ink, the black line more.
+    assert inked[1] < inked[0] < inked[2]
+    draw(tmp_path / "none.png", {}, **options)
+
+
 def test_pictures_leave_the_users_matplotlib_alone(tmp_path):
     code = (
         "import sys, matplotlib; before = matplotlib.get_backend(auto_select=False);"

@@ -2,6 +2,7 @@
 
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
+from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
 from rdx.attacks.base import limit
 from rdx.attacks.bim import bim
 from rdx.attacks.cw import cw
@@ -25,6 +26,7 @@ from rdx.attacks.square import square
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "bim", "cw", "cw_linf", "ddn", "deepfool", "ead", "fab", "fab_targeted", "fgsm",
-    "fmn", "genattack", "limit", "mim", "nattack", "nes", "pgd", "prgf", "rfgsm", "spsa", "square", "zoo",
+    "Loop", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "cascade", "cw", "cw_linf", "ddn",
+    "deepfool", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "limit", "mim", "nattack", "nes", "pgd",
+    "prgf", "rfgsm", "spsa", "square", "suite", "zoo",
 ]

@@ -193,8 +193,8 @@ def cascade(
     places = jnp.arange(len(problem.labels)) if index is None else jnp.asarray(index)
     broken_by = jnp.where(found.best.success, -1, len(attacks)).astype(jnp.int32)
     store = None if loop.checkpoint is None or base.is_traced((key, found)) else Path(loop.checkpoint)
-    fingerprint = resumption.digest(tuple(attacks), (key, problem.x, problem.labels, problem.ball, places))
-    finished = 0
+    given, finished = (key, problem.x, problem.labels, problem.ball, places), 0
+    fingerprint = "" if store is None else resumption.digest(tuple(attacks), given)
     if store is not None and store.exists():
         found, broken_by, finished = resumption.load(store, fingerprint, (found, broken_by, np.int32(0)))
     for place, (name, attack) in list(enumerate(attacks.items()))[int(finished):]:

@@ -274,7 +274,10 @@ class _Run:
         if len(alive) and (not self.is_compact or 4 * size > 3 * len(self.rows)):
             return found, state
         self._keep(found)
-        taken = np.resize(alive, size if len(alive) else 0)
+        if not len(alive):
+            self.standing = 0  # an empty selection of sharded rows has no layout
+            return found, state
+        taken = np.resize(alive, size)
         self._take(self.rows[taken], len(alive))
         return jax.tree.map(lambda leaf: leaf[taken], (found, state))
 

@@ -110,7 +110,7 @@ def test_another_key_another_result(name, norm):
         return
     x, labels = _batch()
     first, second = (_run(name, norm, x, labels, seed=seed, eps=4.0 * EPS[norm]) for seed in (0, 1))
-    assert (first.x_adv != second.x_adv).reshape(8, -1).any(axis=1).mean() > 0.5
+    assert (first.x_adv != second.x_adv).reshape(8, -1).any(axis=1).mean() > CASES[name].varies
 
 
 @each_attack

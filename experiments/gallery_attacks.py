@@ -1,0 +1,176 @@
+"""The attacks of `experiments.attack_gallery`, one line each, and how a line becomes a callable."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from experiments.gallery_presets import Config
+from rdx import attacks
+from rdx.attacks import Loop
+from rdx.attacks.prgf import gradient_prior
+from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
+from rdx.evaluate import shared
+from rdx.types import AttackResult, LogitsFn, Norm
+
+WHITE, MINIMAL, SCORE, DECISION, TRANSFER, SUITE = (
+    "white box", "minimal norm", "score", "decision", "transfer", "suite"
+)
+
+
+def _nothing(config: Config) -> dict[str, Any]:
+    del config
+    return {}
+
+
+def _same(substitute: LogitsFn) -> LogitsFn:
+    return substitute
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One attack of the gallery.
+
+    Attributes:
+        attack: its name in `rdx.attacks`.
+        kind: what it knows and looks for.
+        norms: in which norms it is run.
+        options: from the preset to the attack's keywords.
+        label: its name in the table; `attack` if empty.
+        substitute: what transfer attacks make of the substitute before they attack it.
+        prior: whether it is given the substitute's gradient, as `prior_fn`.
+        seeks_distance: whether it looks for the smallest perturbation, so that one run gives success at every radius;
+            minimal-norm and decision-based attacks do.
+    """
+
+    attack: str
+    kind: str
+    norms: tuple[Norm, ...]
+    options: Callable[[Config], Mapping[str, Any]] = _nothing
+    label: str = ""
+    substitute: Callable[[LogitsFn], LogitsFn] = _same
+    prior: bool = False
+    seeks_distance: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in tables, pictures and records."""
+        return self.label or self.attack
+
+    @property
+    def is_minimal(self) -> bool:
+        """Whether it looks for the smallest perturbation."""
+        return self.kind in (MINIMAL, DECISION) if self.seeks_distance is None else self.seeks_distance
+
+    @property
+    def needs_substitute(self) -> bool:
+        """Whether it is made on, or helped by, another net."""
+        return self.kind == TRANSFER or self.prior
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An attack in one norm, and the radius that robust accuracy is counted at."""
+
+    entry: Entry
+    norm: Norm
+    eps: float
+
+    @property
+    def name(self) -> str:
+        """The record's name, without the net's."""
+        return f"{self.norm}-{self.entry.name.replace(' ', '-')}"
+
+
+def _steps(config: Config) -> dict[str, Any]:
+    return {"num_steps": config.num_steps}
+
+
+def _queries(config: Config) -> dict[str, Any]:
+    return {"num_queries": config.num_queries}
+
+
+def _samples(config: Config) -> dict[str, Any]:
+    return {"num_steps": max(1, config.num_queries // config.num_samples), "num_samples": config.num_samples}
+
+
+def _diverse(substitute: LogitsFn) -> LogitsFn:
+    return diverse_inputs(substitute, jax.random.key(0))
+
+
+def _invariant(substitute: LogitsFn) -> LogitsFn:
+    # 15 of 299 rows in the paper; a kernel that wide would blur small images to nothing.
+    return translation_invariant(_diverse(substitute), smoothing_kernel(size=3))
+
+
+LINF: tuple[Norm, ...] = ("linf",)
+L2: tuple[Norm, ...] = ("l2",)
+L1: tuple[Norm, ...] = ("l1",)
+TWO: tuple[Norm, ...] = ("linf", "l2")
+ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
+ENTRIES = (
+    Entry("fgsm", WHITE, ALL),
+    Entry("pgd", WHITE, ALL, _steps),
+    Entry("apgd", WHITE, ALL, _steps),
+    Entry("apgd_targeted", WHITE, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("deepfool", MINIMAL, TWO, _steps),
+    Entry("ddn", MINIMAL, L2, _steps),
+    Entry("fmn", MINIMAL, ALL, _steps),
+    Entry("fab", MINIMAL, ALL, _steps),
+    Entry("fab_targeted", MINIMAL, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("nes", SCORE, TWO, _samples),
+    Entry("spsa", SCORE, TWO, _samples),
+    Entry("nattack", SCORE, TWO, _samples),
+    Entry("prgf", SCORE, TWO, _samples, label="rgf"),
+    Entry("prgf", SCORE, TWO, _samples, prior=True),
+    Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
+    Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
+    Entry("zoo", SCORE, L2, lambda c: {"num_searches": 1, "initial_c": 10.0, "num_coordinates": c.num_samples // 2,
+                                       "num_steps": max(1, c.num_queries // c.num_samples)}, seeks_distance=True),
+    Entry("autoattack", SUITE, ALL, lambda c: {"num_steps": c.suite_steps, "num_queries": c.suite_queries}),
+    Entry("fgsm", TRANSFER, TWO, label="fgsm transferred"),
+    Entry("pgd", TRANSFER, TWO, _steps, label="pgd transferred"),
+    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, diverse inputs", substitute=_diverse),
+    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, translation invariant", substitute=_invariant),
+)
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """Lists every attack in every norm that the preset and the attack have, or only in the attack's first."""
+    for norm, eps in config.radii:
+        for entry in ENTRIES:
+            if norm in entry.norms[: None if config.every_norm else 1]:
+                yield Case(entry, norm, eps)
+
+
+def bind(entry: Entry, config: Config, substitute: LogitsFn | None = None) -> Callable[..., AttackResult]:
+    """Binds an attack's settings.
+
+    Args:
+        entry: the attack.
+        config: the preset.
+        substitute: the net that `entry.needs_substitute` asks for.
+
+    Returns:
+        An attack for `evaluate.curves`; with a trace, except where another model is fooled on the way or several
+        attacks take part: there only the end counts.
+
+    Raises:
+        ValueError: if there is no substitute where one is needed.
+    """
+    attack, options = getattr(attacks, entry.attack), dict(entry.options(config))
+    if entry.needs_substitute and substitute is None:
+        raise ValueError(f"{entry.name} needs a substitute: give one.")
+    if entry.prior and substitute is not None:
+        options["prior_fn"] = gradient_prior(substitute)
+    if "loop" in inspect.signature(attack).parameters and entry.kind not in (TRANSFER, SUITE):
+        # Budgets are those of the paper: nobody begins a step beyond it.
+        budget = config.num_queries if entry.kind in (SCORE, DECISION) else None
+        options["loop"] = Loop(trace=True, max_queries=budget)
+    bound = functools.partial(attack, **options)
+    if entry.kind == TRANSFER and substitute is not None:
+        return transfer(shared.keyed(bound), entry.substitute(substitute))
+    return bound
