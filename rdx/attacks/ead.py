@@ -20,7 +20,7 @@ class _Context(NamedTuple):
     beta: Array
     initial_constant: Array
     confidence: Array
-    is_elastic: Array  # whether the elastic net decides, not the ball's norm
+    is_elastic: Array  # 1 where the elastic net decides, 0 where the ball's norm does
 
 
 class _State(NamedTuple):
@@ -82,10 +82,9 @@ def ead(
     if decision not in ("norm", "elastic_net"):
         raise ValueError(f"Unknown decision {decision!r}: use 'norm' or 'elastic_net'.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    numbers = (
-        jnp.asarray(number, problem.x.dtype) for number in (step_size, beta, initial_constant, confidence)
-    )
-    context = _Context(problem, jnp.asarray(num_steps, jnp.int32), *numbers, jnp.asarray(decision == "elastic_net"))
+    numbers = (step_size, beta, initial_constant, confidence, decision == "elastic_net")
+    numbers = (jnp.asarray(number, problem.x.dtype) for number in numbers)
+    context = _Context(problem, jnp.asarray(num_steps, jnp.int32), *numbers)
     start = clean._replace(best=penalty.confident(clean.best, context.confidence))
     keys = base.example_keys(jax.random.key(0), problem.x)
     found, trace = driver.run(_METHOD, context, keys, start, num_steps=num_search_steps * num_steps, loop=loop)
@@ -117,10 +116,10 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
         found, has_succeeded = base.spend(found, seen, keep=keep, **cost), has_succeeded | seen.success
     search = search._replace(has_succeeded=has_succeeded)
 
-    following = x, x, penalty.next_round(search)
+    following = _State(x, x, penalty.next_round(search), found)
     is_over = place == context.num_steps - 1
-    moved = jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, (point, slack, search))
-    return _State(*moved, found)
+    state = _State(point, slack, search, found)
+    return jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, state)
 
 
 def _nearer(context: _Context, best: base.Candidate, new: base.Candidate) -> base.Candidate:
@@ -131,7 +130,7 @@ def _nearer(context: _Context, best: base.Candidate, new: base.Candidate) -> bas
 def _length(context: _Context, point: Array) -> Array:
     delta, ball = point - context.problem.x, context.problem.ball
     elastic_net = jnp.square(norms.l2(delta)) + context.beta * norms.l1(delta)
-    return jnp.where(context.is_elastic, elastic_net, norms.norm(delta, ball.norm))
+    return jnp.where(context.is_elastic > 0, elastic_net, norms.norm(delta, ball.norm))
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

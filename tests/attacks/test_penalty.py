@@ -120,6 +120,18 @@ def test_the_constant_rises_tenfold_then_bisects():
     assert not search.has_succeeded.any()
 
 
+@pytest.mark.parametrize("attack", [attacks.cw, partial(attacks.ead, beta=0.0)], ids=["cw", "ead"])
+def test_every_round_begins_anew(attack):
+    # 1 / 64 fails, so the second round has 10 / 64, exactly, and nothing else of the first.
+    first = _one(attack, "l2", 0.2, num_steps=100, num_search_steps=1, initial_constant=1 / 64)
+    both = _one(attack, "l2", 0.2, num_steps=100, num_search_steps=2, initial_constant=1 / 64)
+    second = _one(attack, "l2", 0.2, num_steps=100, num_search_steps=1, initial_constant=10 / 64)
+    assert not first.success.any()
+    assert second.success.all()
+    np.testing.assert_array_equal(both.x_adv, second.x_adv)
+    np.testing.assert_array_equal(both.gradients, [200])
+
+
 def test_half_open_and_infinite_boxes():
     # The least l2 perturbation of a linear model, of which the box holds back the second element.
     low, high = jnp.array([[0.0, 0.599, -jnp.inf]]), jnp.array([[1.0, jnp.inf, jnp.inf]])
