@@ -45,8 +45,9 @@ def ead(
         v_{k+1} = S(y_k - a_k * grad(y_k)),    y_{k+1} = v_{k+1} + k / (k + 3) * (v_{k+1} - v_k)
 
     where `S` moves every element by `beta` towards `x`, and not beyond, and into the box, and `a_k = step_size *
-    sqrt(1 - k / num_steps)`. The constant `c` of each example is searched for as in `cw`. The default `beta` suits
-    images; the least l1 norm in a few dimensions takes about 0.1, and the least l2 norm 0, where nothing is shrunk.
+    sqrt(1 - k / num_steps)`. The constant `c` of each example is searched for as in `cw`. The smaller the
+    inputs, the greater should `beta` be: for the least l1 norm of 8x8 digits 0.1 finds 0.7 of what the default finds.
+    For the least l2 norm it should be 0; then nothing is shrunk.
 
     Source: Chen et al. (2018, arXiv:1709.04114, Eqs. 4-7, Algorithm 1). The defaults are those of the authors' code but
     for the length of a round, which is 10,000 there and ends early when the objective stops falling. Differences: `y_k`

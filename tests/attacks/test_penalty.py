@@ -178,6 +178,24 @@ def test_extreme_models_stay_finite(norm, attack):
         assert (found.success == succeeds).all()
 
 
+@pytest.mark.parametrize(("attack", "norm", "options"), [
+    (attacks.cw, "l2", {"num_search_steps": 2, "confidence": 0.1}), (attacks.cw_linf, "linf", {"patience": 3}),
+    (attacks.ead, "l1", {"num_search_steps": 2, "beta": 0.1, "decision": "elastic_net"}),
+])
+def test_settings_do_not_recompile(attack, norm, options):
+    traces = []
+
+    def model(x):
+        traces.append(x.shape)
+        return jnp.stack([x[:, 0], x[:, 1]], axis=1)
+
+    arguments = (model, jnp.array([[0.6, 0.3]]), jnp.zeros(1, int))
+    attack(*arguments, ball=Ball(norm, 1.0), num_steps=2)
+    num_traces = len(traces)
+    attack(*arguments, ball=Ball(norm, 2.0), num_steps=3, step_size=0.1, initial_constant=0.5, **options)
+    assert len(traces) == num_traces
+
+
 def test_unusable_norms_and_rules():
     arguments = (lambda x: x, jnp.ones((1, 2)), jnp.zeros(1, int))
     for attack, norm in ((attacks.cw, "linf"), (attacks.cw_linf, "l2"), (attacks.ead, "linf")):
