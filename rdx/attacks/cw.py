@@ -57,7 +57,7 @@ def cw(
         num_steps: steps of each round.
         step_size: Adam's learning rate, in units of `w`.
         initial_constant: the first `c`.
-        confidence: the loss from which on a success counts; the clean input is exempt.
+        confidence: the loss from which on a success counts; where none is found the result is `x`, be it wrong or not.
         loop: see `rdx.attacks.driver.Loop`.
 
     Returns:
@@ -99,11 +99,11 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     search = search._replace(has_succeeded=search.has_succeeded | seen.success)
 
     place = i % context.num_steps
-    descent = penalty.adam(state.descent, slope, context.step_size, place)
     is_over = place == context.num_steps - 1
-    following = _at_clean(problem), penalty.next_round(search)
-    descent, search = jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, (descent, search))
-    return _State(descent, search, found)
+    descent = penalty.descend(state.descent, slope, context.step_size, place)
+    following = _State(_at_clean(problem), penalty.next_round(search), found)
+    state = _State(descent, search, found)
+    return jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, state)
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

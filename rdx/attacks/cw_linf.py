@@ -42,10 +42,10 @@ def cw_linf(
     `tau` admits the whole box.
 
     Source: Carlini & Wagner (2017, arXiv:1608.04644, Sec. VI-C). The defaults are those of the authors' code but for
-    `patience`, 1000 there, so that the 21 doublings up to 20 alone cost 21,000 steps. Differences: the code goes on until
-    `c` exceeds 20 or `tau` falls below 1 / 256, where `num_steps` bounds the cost here; Adam's moments stay when `tau`
-    changes; elements without a finite box are not transformed. What is found ends a little above the least `tau` that
-    could be reached, so a greater `shrinkage` is more exact and slower.
+    `patience`, 1000 there, so that the 21 doublings up to 20 alone cost 21,000 steps. Differences: the code goes on
+    until `c` exceeds 20 or `tau` falls below 1 / 256, where `num_steps` bounds the cost here; Adam's moments stay when
+    `tau` changes; elements without a finite box are not transformed. What is found ends a little above the least `tau`
+    that could be reached, so a greater `shrinkage` is more exact and slower.
 
     Args:
         logits_fn: `x [B, ...] -> logits [B, K]`.
@@ -94,7 +94,7 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     delta, tau = point - problem.x, state.tau
     excess = jnp.where(jnp.abs(delta) > norms.expand(tau, delta), jnp.sign(delta), 0.0)
     slope = (excess + penalty.slope(seen, gradient, state.constant, 0.0)) * space.derivative(state.descent.point)
-    descent = penalty.adam(state.descent, slope, context.step_size, i)
+    descent = penalty.descend(state.descent, slope, context.step_size, i)
 
     length = norms.linf(delta)
     is_solved = seen.success & (length <= tau)

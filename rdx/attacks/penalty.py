@@ -2,12 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
 
 from rdx import norms
-from rdx.attacks import base, minimal
+from rdx.attacks import base, estimate, minimal
 from rdx.types import Array, ArrayLike
 
 # Inputs are moved off the ends of the box by this share, since tanh reaches them at infinity only.
@@ -93,21 +91,18 @@ def tanh_space(problem: base.Problem) -> TanhSpace:
 
 
 class Descent(NamedTuple):
-    """A point of an unbounded space and Adam's moments, all of shape `[B, ...]`."""
+    """A descent by Adam in an unbounded space; everything has the shape of the point, `[B, ...]`."""
 
     point: Array
-    mean: Array
-    square: Array
+    moments: estimate.Moments
 
 
 def begin_descent(point: Array) -> Descent:
     """Begins at `point` with empty moments."""
-    return Descent(point, jnp.zeros_like(point), jnp.zeros_like(point))
+    return Descent(point, estimate.Moments(jnp.zeros_like(point), jnp.zeros_like(point)))
 
 
-def adam(descent: Descent, gradient: Array, step_size: Array, i: Array) -> Descent:
-    """Makes the step number `i`, from 0, of Adam (Kingma & Ba 2015, arXiv:1412.6980)."""
-    state = optax.ScaleByAdamState(i, descent.mean, descent.square)
-    with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
-        update, state = optax.scale_by_adam().update(gradient, state)
-    return Descent(descent.point - step_size * update, state.mu, state.nu)
+def descend(descent: Descent, gradient: Array, step_size: Array, i: Array) -> Descent:
+    """Makes the step number `i`, from 0, along Adam's direction."""
+    moments, direction = estimate.adam(descent.moments, gradient, i + 1)
+    return Descent(descent.point - step_size * direction, moments)
