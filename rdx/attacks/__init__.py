@@ -13,12 +13,12 @@ from rdx.attacks.genattack import genattack
 from rdx.attacks.nattack import nattack
 from rdx.attacks.nes import nes
 from rdx.attacks.pgd import pgd
-from rdx.attacks.prgf import prgf
+from rdx.attacks.prgf import gradient_prior, prgf
 from rdx.attacks.spsa import spsa
 from rdx.attacks.square import square
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "limit",
-    "nattack", "nes", "pgd", "prgf", "spsa", "square", "zoo",
+    "Loop", "apgd", "apgd_targeted", "ddn", "deepfool", "fab", "fab_targeted", "fgsm", "fmn", "genattack",
+    "gradient_prior", "limit", "nattack", "nes", "pgd", "prgf", "spsa", "square", "zoo",
 ]
