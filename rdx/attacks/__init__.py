@@ -19,7 +19,7 @@ from rdx.attacks.mim import mim
 from rdx.attacks.nattack import nattack
 from rdx.attacks.nes import nes
 from rdx.attacks.pgd import pgd
-from rdx.attacks.prgf import prgf
+from rdx.attacks.prgf import gradient_prior, prgf
 from rdx.attacks.rfgsm import rfgsm
 from rdx.attacks.spsa import spsa
 from rdx.attacks.square import square
@@ -27,6 +27,6 @@ from rdx.attacks.zoo import zoo
 
 __all__ = [
     "Loop", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "cascade", "cw", "cw_linf", "ddn",
-    "deepfool", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "limit", "mim", "nattack", "nes", "pgd",
-    "prgf", "rfgsm", "spsa", "square", "suite", "zoo",
+    "deepfool", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior", "limit", "mim", "nattack",
+    "nes", "pgd", "prgf", "rfgsm", "spsa", "square", "suite", "zoo",
 ]

@@ -192,7 +192,9 @@ def _weigh_prior(context: _Context, current: base.Candidate, norm: Array) -> tup
     prior = context.prior_fn(current.x, problem.labels, *problem.goal.data)
     prior = estimate.unit(jnp.where(jnp.isfinite(prior) & (problem.ball.radius(problem.x) > 0), prior, 0.0))
     slope = jnp.nan_to_num(_slopes(context, current, prior[:, None])[:, 0])
-    alpha = jnp.abs(slope) / jnp.maximum(jnp.abs(slope), jnp.where(norm > 0, norm, 1.0))
+    # Never more than the prior itself tells, whatever the estimate of the norm.
+    steepest = jnp.maximum(jnp.abs(slope), norm)
+    alpha = jnp.abs(slope) / jnp.where(steepest > 0, steepest, 1.0)
     share = optimal_lambda(alpha, _dimension(problem), len(context.samples))
     return jnp.where(norms.expand(slope < 0, prior), -prior, prior), share
 

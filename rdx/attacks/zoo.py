@@ -149,7 +149,7 @@ def _choose(context: _Context, keys: Key) -> Array:
     is_free = norms.flatten(context.problem.ball.radius(context.problem.x)) > 0
     draws = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype))(keys)
     places = jnp.argsort(jnp.where(is_free, draws, 2.0), axis=1)[:, : len(context.coordinates)]
-    return (places[:, :, None] == jnp.arange(x.shape[1])) & is_free[:, None]
+    return (places[:, :, None] == jnp.arange(x.shape[1])[None, None]) & is_free[:, None]
 
 
 def _slopes(context: _Context, delta: Array, chosen: Array) -> Array:

@@ -56,5 +56,7 @@ CASES = {
     "nattack": Case(partial(attacks.nattack, num_steps=8, num_samples=20)),
     "prgf": Case(partial(attacks.prgf, num_steps=8, num_samples=20, sigma=1e-3), rtol=1e-2),
     "genattack": Case(partial(attacks.genattack, num_steps=20, population_size=6)),
-    "zoo": Case(partial(attacks.zoo, num_steps=15, num_searches=2, num_coordinates=18, initial_c=1.0), ("l2",), rtol=1e-2),
+    "zoo": Case(
+        partial(attacks.zoo, num_steps=15, num_searches=2, num_coordinates=18, initial_c=1.0), ("l2",), rtol=1e-2,
+    ),
 }
