@@ -1,5 +1,6 @@
 """Attacks: `attack(key, logits_fn, x, labels, *, ball, goal, index, ...) -> AttackResult`, one technique a file."""
 
+from rdx.attacks import adaptive
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
 from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
@@ -23,10 +24,12 @@ from rdx.attacks.prgf import gradient_prior, prgf
 from rdx.attacks.rfgsm import rfgsm
 from rdx.attacks.spsa import spsa
 from rdx.attacks.square import square
+from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "cascade", "cw", "cw_linf", "ddn",
-    "deepfool", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior", "limit", "mim", "nattack",
-    "nes", "pgd", "prgf", "rfgsm", "spsa", "square", "suite", "zoo",
+    "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "cascade", "cw", "cw_linf",
+    "ddn", "deepfool", "diverse_inputs", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior",
+    "limit", "mim", "nattack", "nes", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa", "square", "suite",
+    "transfer", "translation_invariant", "zoo",
 ]

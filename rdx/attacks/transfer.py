@@ -5,6 +5,7 @@ The wrappers turn the substitute into another model and compose with every attac
     transfer(partial(pgd, num_steps=20), translation_invariant(diverse_inputs(net, key), smoothing_kernel()))
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -28,9 +29,9 @@ Attack: TypeAlias = Callable[..., AttackResult]
 def transfer(attack: Attack, substitute: LogitsFn, *, lift: Callable[[Goal], Goal] | None = None) -> Attack:
     """Makes an attack craft its inputs on a substitute and be judged at the target, of which it knows nothing else.
 
-    What it returns is called as the attack itself is, with or without key and index, and passes other options on. The
-    input that is strongest against the substitute is crafted; where it does not gain at the target, the clean input is
-    returned, because the strongest input seen is. Success against a target by transfer is weak evidence of robustness.
+    What it returns is called as the attack itself is, with or without a key, and passes other options on. The input
+    that is strongest against the substitute is crafted; where it does not gain at the target, the clean input is
+    returned, because the strongest input seen is. What withstands transfer is not shown to be robust.
 
     Source: Dong et al. (2020, arXiv:1912.11852, Sec. 3.2), after Papernot et al. (2016, arXiv:1605.07277).
 
@@ -44,21 +45,29 @@ def transfer(attack: Attack, substitute: LogitsFn, *, lift: Callable[[Goal], Goa
         The attack. In its result success and loss are the target's, and so are the counts: two forward passes, of the
         clean and of the crafted input, and no gradient. Its `loop` has no trace, which would be the substitute's.
     """
-    return partial(_transfer, attack, as_partial(substitute), lift)
+    parameters = inspect.signature(attack).parameters.values()
+    takes_key = any(parameter.name == "key" or parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    return partial(_transfer_with_key if takes_key else _transfer, attack, as_partial(substitute), lift)
+
+
+def _transfer_with_key(
+    attack: Attack, substitute: Partial, lift: Callable[[Goal], Goal] | None, key: Key, logits_fn: LogitsFn,
+    x: ArrayLike, labels: ArrayLike, **options: Any,
+) -> AttackResult:
+    return _transfer(partial(attack, key), substitute, lift, logits_fn, x, labels, **options)
 
 
 def _transfer(
-    attack: Attack, substitute: Partial, lift: Callable[[Goal], Goal] | None, *args: Any, ball: Ball,
-    goal: Goal | None = None, loop: driver.Loop | None = None, **options: Any,
+    attack: Attack, substitute: Partial, lift: Callable[[Goal], Goal] | None, logits_fn: LogitsFn, x: ArrayLike,
+    labels: ArrayLike, *, ball: Ball, goal: Goal | None = None, loop: driver.Loop | None = None, **options: Any,
 ) -> AttackResult:
-    *key, logits_fn, x, labels = args
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     if loop is not None:
         if loop.trace:
             raise ValueError("The steps of a transfer are the substitute's: run the attack there for a trace.")
         options["loop"] = loop
     crafting = problem.goal if lift is None else lift(problem.goal)
-    crafted = attack(*key, substitute, problem.x, problem.labels, ball=ball, goal=crafting, **options)
+    crafted = attack(substitute, problem.x, problem.labels, ball=ball, goal=crafting, **options)
     seen = base.call(base.evaluate, problem, crafted.x_adv)
     return base.report(problem, base.spend(found, seen, forwards=1))
 

@@ -130,8 +130,9 @@ def test_eot_answers_with_draws_and_its_gradient_is_their_mean(num_chunks):
     )
     gradient = jax.grad(lambda x: goal.loss(fn(x), labels).sum())(x)
     noise = by_hand - _net()(x)[:, None]
-    singles = [jax.grad(lambda x, s=s: losses.cross_entropy(_net()(x) + noise[:, s], labels).sum())(x) for s in range(6)]
-    np.testing.assert_allclose(gradient, jnp.stack(singles).mean(axis=0), rtol=1e-4, atol=1e-6)
+    single = jax.grad(lambda x, noise: losses.cross_entropy(_net()(x) + noise, labels).sum())
+    by_hand = sum(single(x, noise[:, s]) for s in range(6)) / 6
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-4, atol=1e-6)
 
 
 def test_wrong_numbers_of_draws():
@@ -170,10 +171,10 @@ def test_attacks_work_unchanged_on_draws(attack):
     fresh = fn(found.x_adv)
     np.testing.assert_array_equal(found.success, goal.success(fresh, labels))
     np.testing.assert_allclose(found.loss, goal.loss(fresh, labels), rtol=1e-4)
-    assert 0 < found.success.sum()
+    assert found.success.any()
     compiled = jax.jit(run)(x, labels, jnp.arange(9))
     alone = run(x[3:4], labels[3:4], jnp.array([3]))
-    # A last bit that differs changes the draws, so compiled results agree as draws do; on CPUs a linear net's are equal.
+    # A last bit that differs would change the draws; on CPUs those of a linear net agree.
     np.testing.assert_allclose(alone.loss[0], found.loss[3], rtol=1e-4)
     np.testing.assert_allclose(compiled.loss, found.loss, rtol=1e-4)
 
