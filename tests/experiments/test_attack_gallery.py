@@ -19,7 +19,7 @@ from rdx.evaluate import curves
 
 ROOT = pathlib.Path(__file__).parents[2]
 # One of each way to be run: without a key, searched for, minimal-norm, with a budget, with a prior, on a substitute.
-CHOSEN = ("fgsm", "pgd", "fmn", "prgf", "square", "pgd transferred")
+CHOSEN = ("fgsm", "pgd", "fmn", "prgf", "square", "bim transferred")
 
 
 def _settings(preset):
@@ -103,7 +103,7 @@ def test_records_agree_with_each_other(finished):
         assert (budget.details["forwards"] <= 25 + 1).all()
         # The gradient of another net is no query.
         assert (found[f"{net}-linf-prgf"][1].details["gradients"] == 0).all()
-        transferred = found[f"{net}-linf-pgd-transferred"][1]
+        transferred = found[f"{net}-linf-bim-transferred"][1]
         assert set(np.unique(transferred.threshold)) <= {0.0, 2.0, np.inf}
 
 
