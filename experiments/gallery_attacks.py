@@ -99,12 +99,24 @@ def _penalty(config: Config) -> dict[str, Any]:
             "step_size": config.penalty_rate}
 
 
+def _penalty_linf(config: Config) -> dict[str, Any]:
+    # As many steps for a constant, and as many constants, as by default.
+    return {"num_steps": 5 * config.penalty_steps, "patience": max(1, config.penalty_steps // 10),
+            "step_size": config.penalty_rate / 2}
+
+
 def _queries(config: Config) -> dict[str, Any]:
     return {"num_queries": config.num_queries}
 
 
 def _samples(config: Config) -> dict[str, Any]:
     return {"num_steps": max(1, config.num_queries // config.num_samples), "num_samples": config.num_samples}
+
+
+def _coordinates(config: Config) -> dict[str, Any]:
+    # A single constant, as the paper has it where queries are dear; two queries a coordinate.
+    return {"num_searches": 1, "initial_c": 10.0, "num_coordinates": max(1, config.num_samples // 2),
+            "num_steps": max(1, config.num_queries // config.num_samples)}
 
 
 def _diverse(substitute: LogitsFn) -> LogitsFn:
@@ -134,8 +146,7 @@ ENTRIES = (
     Entry("fab", MINIMAL, ALL, _steps),
     Entry("fab_targeted", MINIMAL, ALL, _quarter),
     Entry("cw", MINIMAL, L2, _penalty),
-    Entry("cw_linf", MINIMAL, LINF, lambda c: {"num_steps": 5 * c.penalty_steps, "patience": max(1, c.penalty_steps // 10),
-                                               "step_size": c.penalty_rate / 2}),
+    Entry("cw_linf", MINIMAL, LINF, _penalty_linf),
     Entry("ead", MINIMAL, ("l1", "l2"), _penalty),
     Entry("nes", SCORE, TWO, _samples),
     Entry("spsa", SCORE, TWO, _samples),
@@ -144,8 +155,7 @@ ENTRIES = (
     Entry("prgf", SCORE, TWO, _samples, prior=True),
     Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
     Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
-    Entry("zoo", SCORE, L2, lambda c: {"num_searches": 1, "initial_c": 10.0, "num_coordinates": c.num_samples // 2,
-                                       "num_steps": max(1, c.num_queries // c.num_samples)}, seeks_distance=True),
+    Entry("zoo", SCORE, L2, _coordinates, seeks_distance=True),
     Entry("boundary", DECISION, L2, _queries),
     Entry("evolutionary", DECISION, L2, _queries),
     Entry("hopskipjump", DECISION, TWO, _queries),

@@ -30,7 +30,8 @@ class Config:
         num_train: training images used; None for all.
         num_steps: steps of white-box attacks at the radius of the table.
         search_steps: steps of white-box attacks in the search for the minimal radius.
-        penalty_steps: steps for each constant of Carlini & Wagner's and the elastic-net attack; for linf five times as many in all.
+        penalty_steps: steps for each constant of Carlini & Wagner's and the elastic-net attack; for linf a tenth of it
+            before the constant doubles, and five times as many in all.
         penalty_rate: their step size, for linf half of it.
         num_search_steps: their constants.
         num_queries: budget of score- and decision-based attacks.
