@@ -1,6 +1,7 @@
 """Attacks: `attack(key, logits_fn, x, labels, *, ball, goal, index, ...) -> AttackResult`, one technique a file."""
 
 from rdx.attacks import adaptive
+from rdx.attacks.adaptive import bpda, ensemble, eot, eot_report, stochastic_success, straight_through
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
 from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
@@ -32,8 +33,9 @@ from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, tra
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "boundary", "cascade", "cw",
-    "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "evolutionary", "fab", "fab_targeted", "fgsm", "fmn",
-    "genattack", "gradient_prior", "hopskipjump", "limit", "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm",
-    "smoothing_kernel", "spsa", "square", "suite", "transfer", "translation_invariant", "zoo",
+    "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "boundary", "bpda",
+    "cascade", "cw", "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "ensemble", "eot", "eot_report",
+    "evolutionary", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior", "hopskipjump", "limit",
+    "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa", "square",
+    "stochastic_success", "straight_through", "suite", "transfer", "translation_invariant", "zoo",
 ]

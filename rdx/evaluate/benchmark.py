@@ -18,6 +18,7 @@ from rdx import bounds, compilation
 from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.evaluate import shared
+from rdx.evaluate.diagnostics import diagnose
 from rdx.evaluate.shared import Attack
 from rdx.types import Array, ArrayLike, Key, LogitsFn
 
@@ -45,6 +46,7 @@ class Evaluation:
         gradients: gradients spent by all attacks.
         counted: whether the example belongs to the subset on which all three errors are counted.
         broken_by: index into the attacks, -1 where the example is wrong already or stands.
+        diagnosis: whether the attacked error can be trusted, from `diagnostics.diagnose`; None where nobody asked.
     """
 
     index: np.ndarray
@@ -60,13 +62,14 @@ class Evaluation:
     gradients: np.ndarray
     counted: np.ndarray
     broken_by: np.ndarray
+    diagnosis: Mapping[str, Any] | None = None
 
 
 def evaluate(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
     method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | None = None, is_diagnosed: bool = True,
 ) -> Evaluation:
     """Evaluates a classifier on inputs that may have been defended already.
 
@@ -89,6 +92,7 @@ def evaluate(
         on_progress: called with a stage's name, the examples done and their total.
         checkpoint: a file in which certificates and every finished batch of attacks are kept; an evaluation that was
             interrupted goes on from there, and the file disappears at the end.
+        is_diagnosed: whether the first examples are searched for signs that the attacked error is an illusion.
 
     Returns:
         Per-example results.
@@ -118,11 +122,17 @@ def evaluate(
     found = _attack(
         key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report, saved, store
     )
+    diagnosis = None
+    if is_diagnosed:
+        report("diagnose", 0, 1)
+        told = diagnose(shared.key_of(key, "diagnosis"), logits_fn, x, label, ball=ball, certified=certified)
+        diagnosis = told.summary()
+        report("diagnose", 1, 1)
     store.clear()
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
         attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
-        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
+        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), diagnosis=diagnosis, **found,
     )
     check(result)
     return result
@@ -142,6 +152,9 @@ def check(result: Evaluation) -> None:
                 f"{rows.size} examples are certified and {what}, the first at index {result.index[rows[:5]].tolist()}: "
                 "bounds, attack or labels are wrong; no table is written from this evaluation."
             )
+    for told in result.diagnosis["checks"] if result.diagnosis else ():
+        if told["name"] == "certificates" and told["status"] == "fail":
+            raise ContradictionError(f"The diagnosis says that {told['evidence']}: {told['try_next']}.")
 
 
 def _certify(

@@ -77,13 +77,14 @@ def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any
         record: configuration, data fingerprint, seed, wall time and the like; dataclasses are resolved.
         result: the evaluation.
     """
-    write_arrays(directory, name, record, dataclasses.asdict(result))
+    arrays = dataclasses.asdict(result)
+    write_arrays(directory, name, {**record, "diagnosis": arrays.pop("diagnosis")}, arrays)
 
 
 def read(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], Evaluation] | None:
     """Reads a record, or None where none is complete."""
     found = read_arrays(directory, name)
-    return None if found is None else (found[0], Evaluation(**found[1]))
+    return None if found is None else (found[0], Evaluation(**found[1], diagnosis=found[0].get("diagnosis")))
 
 
 def write_arrays(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.tree_util import Partial
 
 from rdx import attacks, bounds
 from rdx.balls import Ball
-from rdx.evaluate import ContradictionError, Evaluation, evaluate
+from rdx.evaluate import ContradictionError, Evaluation, check, evaluate, records
 from rdx.types import AttackResult
 
 N, BALL = 37, Ball("linf", 0.1)
@@ -49,7 +50,7 @@ def _run(kind=_mlp, num_classes=4, attack_set=None, **options):
     x, labels = _data(kind, num_classes)
     attack_set = {"pgd": PGD, "apgd": APGD} if attack_set is None else attack_set
     return evaluate(jax.random.key(3), _model(kind, num_classes), x, labels, **{
-        "ball": BALL, "attacks": attack_set, "batch_size": 16, **options
+        "ball": BALL, "attacks": attack_set, "batch_size": 16, "is_diagnosed": False, **options
     })
 
 
@@ -157,7 +158,7 @@ def test_too_high_bounds_are_contradicted_by_a_real_attack():
     x, labels = _data(_mlp, 4)
     right = np.asarray(_model(_mlp, 4)(x).argmax(axis=1)) == labels
     with pytest.raises(ContradictionError, match="certified and broken by an attack"):
-        evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, attacks={"pgd": PGD},
+        evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, is_diagnosed=False, attacks={"pgd": PGD},
                  method=_optimist)
 
 
@@ -170,7 +171,7 @@ def test_without_the_cross_check_and_wrong_labels_the_broken_certifier_would_pas
     # The two tests above can fail: neither attack nor prediction speaks here.
     x, labels = _data(_mlp, 4)
     right = np.asarray(_model(_mlp, 4)(x).argmax(axis=1)) == labels
-    result = evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, attacks={"pgd": PGD},
+    result = evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, is_diagnosed=False, attacks={"pgd": PGD},
                       method=_optimist, cross_check=0)
     assert result.certified.all()
     assert not result.attacked.any()
@@ -238,7 +239,7 @@ def test_bad_inputs_are_refused_before_any_work(what, message):
         raise AssertionError("work began")
 
     with pytest.raises(ValueError, match=message):
-        evaluate(jax.random.key(0), _model(_mlp, 4), x, labels, ball=ball, attacks={"pgd": PGD}, batch_size=8,
+        evaluate(jax.random.key(0), _model(_mlp, 4), x, labels, ball=ball, is_diagnosed=False, attacks={"pgd": PGD}, batch_size=8,
                  method=never, on_progress=never)
 
 
@@ -251,7 +252,7 @@ def test_nan_logits_are_wrong_and_never_certified():
 
     x, labels = _data(_mlp, 4)
     bad = np.asarray(x[:, 0, 0, 0] > 0.6)
-    result = evaluate(jax.random.key(0), model, x, labels, ball=BALL, attacks={"spy": Spy()}, batch_size=16,
+    result = evaluate(jax.random.key(0), model, x, labels, ball=BALL, is_diagnosed=False, attacks={"spy": Spy()}, batch_size=16,
                       method=bounds.ibp)
     assert 3 < bad.sum() < N - 3
     np.testing.assert_array_equal(result.prediction[bad], -1)
@@ -282,7 +283,7 @@ def test_an_interrupted_evaluation_goes_on(after, tmp_path):
     with pytest.raises(_KilledError):
         _run(batch_size=4, on_progress=kill, checkpoint=path)
     found = _run(batch_size=4, on_progress=lambda name, *_: again.append(name), checkpoint=path)
-    for field in dataclasses.fields(Evaluation):
+    for field in dataclasses.fields(Evaluation)[:-1]:  # without diagnosis
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name), field.name)
         assert getattr(found, field.name).dtype == getattr(expected, field.name).dtype
     # Only what had not been finished was done: the batch that was killed had not been written.
@@ -301,3 +302,21 @@ def test_the_checkpoint_of_another_evaluation_is_refused(tmp_path):
         _run(on_progress=kill, checkpoint=path)
     with pytest.raises(ValueError, match="delete it or name another file"):
         _run(checkpoint=path, ball=Ball("linf", 0.2))
+
+
+def test_the_number_comes_with_a_diagnosis(tmp_path):
+    result = _run(is_diagnosed=True)
+    assert result.diagnosis["num_examples"] == 32
+    status = {told["name"]: told["status"] for told in result.diagnosis["checks"]}
+    assert status["certificates"] == "ok"
+    assert status["gradients"] == "ok"
+    records.write(tmp_path, "cell", {}, result)
+    record, again = records.read(tmp_path, "cell")
+    assert again.diagnosis == record["diagnosis"] == json.loads(json.dumps(result.diagnosis))
+
+
+def test_a_certificate_that_only_the_diagnosis_contradicts_is_no_certificate():
+    told = {"name": "certificates", "status": "fail", "evidence": "1 example is both", "try_next": "find out"}
+    result = dataclasses.replace(_run(attack_set={}), diagnosis={"checks": [told]})
+    with pytest.raises(ContradictionError, match="1 example is both"):
+        check(result)
