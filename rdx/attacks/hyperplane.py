@@ -98,16 +98,22 @@ def _fill_together(weight: Array, speed: Array, room: Array, gap: Array) -> Arra
     that have room left at the last one, and ends when no other element gets full.
     """
 
-    def rise(t: Array) -> Array:
+    def rise(t: Array, weight: Array, speed: Array, room: Array, gap: Array) -> Array:
         is_full = room <= t[:, None] * speed
         rest = gap - jnp.where(is_full, weight * room, 0.0).sum(axis=1)
         rate = jnp.where(is_full, 0.0, weight * speed).sum(axis=1)
-        return jnp.where(rate > 0, jnp.maximum(t, rest / jnp.where(rate > 0, rate, 1.0)), jnp.inf)
+        return jnp.where(rate > 0, rest / jnp.where(rate > 0, rate, 1.0), jnp.inf)
 
-    none = jnp.zeros_like(gap)
-    _, t = jax.lax.while_loop(lambda pair: (pair[1] > pair[0]).any(), lambda pair: (pair[1], rise(pair[1])),
-                              (none, rise(none)))
-    return jnp.where(room <= t[:, None] * speed, room, t[:, None] * speed)
+    # Who is full is found without derivatives, which a while loop does not have backwards; t then has them.
+    parts = (weight, speed, room, gap)
+    fixed, none = jax.lax.stop_gradient(parts), jnp.zeros_like(gap)
+    _, t = jax.lax.while_loop(
+        lambda pair: (pair[1] > pair[0]).any(), lambda pair: (pair[1], jnp.maximum(pair[1], rise(pair[1], *fixed))),
+        (none, rise(none, *fixed)),
+    )
+    risen = rise(t, *parts)
+    t = jnp.where(risen >= t, risen, t)[:, None]  # below t by rounding only
+    return jnp.where(room <= t * speed, room, jnp.where(jnp.isinf(t), 0.0, t) * speed)
 
 
 def _fill_heaviest(weight: Array, room: Array, gap: Array) -> Array:

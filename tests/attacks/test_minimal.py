@@ -249,3 +249,17 @@ def test_a_misclassified_input_is_its_own_nearest(key):
         np.testing.assert_array_equal(found.x_adv, setting.x, err_msg=name)
         np.testing.assert_array_equal(found.distance, 0.0)
         assert found.success.all()
+
+
+@pytest.mark.parametrize("norm", STEPS)
+def test_derivatives_and_grids_of_boxes(norm):
+    def distance(bias, high):
+        model = Partial(_affine, (MODEL.args[0][0], jnp.array([0.5, -0.5]) + jnp.array([0.0, 1.0]) * bias))
+        ball = Ball(norm, jnp.inf, 0.0, high)
+        return attacks.deepfool(model, X, LABELS, ball=ball, overshoot=0.1, num_steps=2).distance[0]
+
+    # The margin rises with the bias, so the distance |f| / ||w||_q falls by 1 / ||w||_q.
+    steepness = {"l2": np.sqrt(5.25), "linf": 3.5, "l1": 2.0}[norm]
+    np.testing.assert_allclose(jax.grad(distance)(0.0, 1.0), -1.1 / steepness, rtol=1e-5)
+    grid = jax.vmap(distance, in_axes=(None, 0))(0.0, jnp.array([1.0, 0.51]))
+    np.testing.assert_allclose(grid, [distance(0.0, 1.0), distance(0.0, 0.51)], rtol=1e-6)
