@@ -82,11 +82,27 @@ class Case:
     @property
     def name(self) -> str:
         """The record's name, without the net's."""
-        return f"{self.norm}-{self.entry.name.replace(' ', '-')}"
+        return f"{self.norm}-{self.entry.name.replace(',', '').replace(' ', '-')}"
 
 
 def _steps(config: Config) -> dict[str, Any]:
     return {"num_steps": config.num_steps}
+
+
+def _quarter(config: Config) -> dict[str, Any]:
+    # Towards each of nine targets.
+    return {"num_steps": max(2, config.num_steps // 4)}
+
+
+def _penalty(config: Config) -> dict[str, Any]:
+    return {"num_search_steps": config.num_search_steps, "num_steps": config.penalty_steps,
+            "step_size": config.penalty_rate}
+
+
+def _penalty_linf(config: Config) -> dict[str, Any]:
+    # As many steps for a constant, and as many constants, as by default.
+    return {"num_steps": 5 * config.penalty_steps, "patience": max(1, config.penalty_steps // 10),
+            "step_size": config.penalty_rate / 2}
 
 
 def _queries(config: Config) -> dict[str, Any]:
@@ -95,6 +111,12 @@ def _queries(config: Config) -> dict[str, Any]:
 
 def _samples(config: Config) -> dict[str, Any]:
     return {"num_steps": max(1, config.num_queries // config.num_samples), "num_samples": config.num_samples}
+
+
+def _coordinates(config: Config) -> dict[str, Any]:
+    # A single constant, as the paper has it where queries are dear; two queries a coordinate.
+    return {"num_searches": 1, "initial_c": 10.0, "num_coordinates": max(1, config.num_samples // 2),
+            "num_steps": max(1, config.num_queries // config.num_samples)}
 
 
 def _diverse(substitute: LogitsFn) -> LogitsFn:
@@ -108,19 +130,24 @@ def _invariant(substitute: LogitsFn) -> LogitsFn:
 
 LINF: tuple[Norm, ...] = ("linf",)
 L2: tuple[Norm, ...] = ("l2",)
-L1: tuple[Norm, ...] = ("l1",)
 TWO: tuple[Norm, ...] = ("linf", "l2")
 ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
 ENTRIES = (
     Entry("fgsm", WHITE, ALL),
+    Entry("rfgsm", WHITE, TWO),
+    Entry("bim", WHITE, TWO, _steps),
+    Entry("mim", WHITE, TWO, _steps),
     Entry("pgd", WHITE, ALL, _steps),
     Entry("apgd", WHITE, ALL, _steps),
-    Entry("apgd_targeted", WHITE, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("apgd_targeted", WHITE, ALL, _quarter),
     Entry("deepfool", MINIMAL, TWO, _steps),
     Entry("ddn", MINIMAL, L2, _steps),
     Entry("fmn", MINIMAL, ALL, _steps),
     Entry("fab", MINIMAL, ALL, _steps),
-    Entry("fab_targeted", MINIMAL, ALL, lambda c: {"num_steps": max(2, c.num_steps // 4)}),
+    Entry("fab_targeted", MINIMAL, ALL, _quarter),
+    Entry("cw", MINIMAL, L2, _penalty),
+    Entry("cw_linf", MINIMAL, LINF, _penalty_linf),
+    Entry("ead", MINIMAL, ("l1", "l2"), _penalty),
     Entry("nes", SCORE, TWO, _samples),
     Entry("spsa", SCORE, TWO, _samples),
     Entry("nattack", SCORE, TWO, _samples),
@@ -128,13 +155,17 @@ ENTRIES = (
     Entry("prgf", SCORE, TWO, _samples, prior=True),
     Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
     Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
-    Entry("zoo", SCORE, L2, lambda c: {"num_searches": 1, "initial_c": 10.0, "num_coordinates": c.num_samples // 2,
-                                       "num_steps": max(1, c.num_queries // c.num_samples)}, seeks_distance=True),
-    Entry("autoattack", SUITE, ALL, lambda c: {"num_steps": c.suite_steps, "num_queries": c.suite_queries}),
+    Entry("zoo", SCORE, L2, _coordinates, seeks_distance=True),
+    Entry("boundary", DECISION, L2, _queries),
+    Entry("evolutionary", DECISION, L2, _queries),
+    Entry("hopskipjump", DECISION, TWO, _queries),
+    Entry("opt", DECISION, TWO, _queries),
     Entry("fgsm", TRANSFER, TWO, label="fgsm transferred"),
-    Entry("pgd", TRANSFER, TWO, _steps, label="pgd transferred"),
-    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, diverse inputs", substitute=_diverse),
-    Entry("pgd", TRANSFER, LINF, _steps, label="pgd transferred, translation invariant", substitute=_invariant),
+    Entry("bim", TRANSFER, TWO, _steps, label="bim transferred"),
+    Entry("mim", TRANSFER, TWO, _steps, label="mim transferred"),
+    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, diverse inputs", substitute=_diverse),
+    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, translation invariant", substitute=_invariant),
+    Entry("autoattack", SUITE, ALL, lambda c: {"num_steps": c.suite_steps, "num_queries": c.suite_queries}),
 )
 
 

@@ -30,6 +30,10 @@ class Config:
         num_train: training images used; None for all.
         num_steps: steps of white-box attacks at the radius of the table.
         search_steps: steps of white-box attacks in the search for the minimal radius.
+        penalty_steps: steps for each constant of Carlini & Wagner's and the elastic-net attack; for linf a tenth of it
+            before the constant doubles, and five times as many in all.
+        penalty_rate: their step size, for linf half of it.
+        num_search_steps: their constants.
         num_queries: budget of score- and decision-based attacks.
         num_samples: queries that score-based attacks estimate a gradient with.
         suite_steps: steps of the gradient-based attacks in AutoAttack.
@@ -58,6 +62,9 @@ class Config:
     num_train: int | None = None
     num_steps: int = 100
     search_steps: int = 10
+    penalty_steps: int = 1000
+    penalty_rate: float = 0.01
+    num_search_steps: int = 9
     num_queries: int = 20_000
     num_samples: int = 100
     suite_steps: int = 100
@@ -84,10 +91,10 @@ def _smoke() -> Config:
     net = models.ConvNet((models.Conv(8, 3, 2),), (16,))
     return Config(
         dataset="digits", preset="smoke", radii=(("linf", 0.1), ("l2", 0.5), ("l1", 2.0)), every_norm=False,
-        undefended=net, robust=net,
-        eps_train=0.1, train_steps=3, ramp=4, epochs=12, batch_size=64, learning_rate=5e-3, num_images=24,
-        num_train=512, num_steps=6, search_steps=3, num_queries=60, num_samples=10, suite_steps=4, suite_queries=20,
-        num_bisections=4, batch_attacked=32,
+        undefended=net, robust=net, eps_train=0.1, train_steps=3, ramp=4, epochs=12, batch_size=64, learning_rate=5e-3,
+        num_images=24, num_train=512, num_steps=6, search_steps=3, penalty_steps=10, penalty_rate=0.05,
+        num_search_steps=3, num_queries=200, num_samples=20, suite_steps=4, suite_queries=20, num_bisections=4,
+        batch_attacked=32,
     )
 
 
@@ -96,7 +103,8 @@ def _cpu() -> Config:
     return Config(
         dataset="mnist", preset="cpu", radii=(("linf", 0.2), ("l2", 1.5), ("l1", 8.0)), undefended=net, robust=net,
         eps_train=0.2, train_steps=7, ramp=2, epochs=5, batch_size=128, learning_rate=2e-3, num_images=256,
-        num_steps=40, num_queries=1000, num_samples=50, suite_steps=50, suite_queries=1000,
+        num_steps=40, penalty_steps=100, penalty_rate=0.05, num_search_steps=6, num_queries=1000, num_samples=50,
+        suite_steps=50, suite_queries=1000,
     )
 
 

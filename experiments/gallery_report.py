@@ -1,5 +1,6 @@
 """The table and the pictures of `experiments.attack_gallery`, made from its records."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,14 +127,9 @@ def _worst_row(norm: str, eps: float, rows: Sequence[Found], *, quotes: bool) ->
 def _distances(curve: Curve | None) -> str:
     if curve is None:
         return "-"
-    text = _distance(curve.threshold)
-    both = [_distance(curve.details[name]) for name in ("searched", "on_grid") if name in curve.details]
+    found = [curve.threshold, *(curve.details[name] for name in ("searched", "on_grid") if name in curve.details)]
+    text, *both = (f"{dataclasses.replace(curve, threshold=threshold).median():.3g}" for threshold in found)
     return f"{text} ({', '.join(both)})" if both else text
-
-
-def _distance(threshold: np.ndarray) -> str:
-    ordered = np.sort(threshold)
-    return f"{ordered[(len(ordered) - 1) // 2]:.3g}"
 
 
 def _percent(flags: np.ndarray, *, with_interval: bool = False) -> str:

@@ -6,19 +6,23 @@ from rdx.attacks.apgd_targeted import apgd_targeted
 from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
 from rdx.attacks.base import limit
 from rdx.attacks.bim import bim
+from rdx.attacks.boundary import boundary
 from rdx.attacks.cw import cw
 from rdx.attacks.cw_linf import cw_linf
 from rdx.attacks.ddn import ddn
 from rdx.attacks.deepfool import deepfool
 from rdx.attacks.driver import Loop
 from rdx.attacks.ead import ead
+from rdx.attacks.evolutionary import evolutionary
 from rdx.attacks.fab import fab, fab_targeted
 from rdx.attacks.fgsm import fgsm
 from rdx.attacks.fmn import fmn
 from rdx.attacks.genattack import genattack
+from rdx.attacks.hopskipjump import hopskipjump
 from rdx.attacks.mim import mim
 from rdx.attacks.nattack import nattack
 from rdx.attacks.nes import nes
+from rdx.attacks.opt import opt
 from rdx.attacks.pgd import pgd
 from rdx.attacks.prgf import gradient_prior, prgf
 from rdx.attacks.rfgsm import rfgsm
@@ -28,8 +32,8 @@ from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, tra
 from rdx.attacks.zoo import zoo
 
 __all__ = [
-    "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "cascade", "cw", "cw_linf",
-    "ddn", "deepfool", "diverse_inputs", "ead", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior",
-    "limit", "mim", "nattack", "nes", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa", "square", "suite",
-    "transfer", "translation_invariant", "zoo",
+    "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "boundary", "cascade", "cw",
+    "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "evolutionary", "fab", "fab_targeted", "fgsm", "fmn",
+    "genattack", "gradient_prior", "hopskipjump", "limit", "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm",
+    "smoothing_kernel", "spsa", "square", "suite", "transfer", "translation_invariant", "zoo",
 ]

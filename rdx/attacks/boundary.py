@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, driver, minimal, starts
+from rdx.attacks import base, decision, driver, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -102,7 +101,7 @@ def boundary(
     if ball.norm != "l2":
         raise ValueError(f"boundary minimises the l2 norm, not {ball.norm}: use hopskipjump.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    problem, num_steps = starts.begin(problem, start, num_queries)
+    problem, num_steps = decision.begin(problem, start, num_queries)
     spherical, source, adaptation = (
         jnp.asarray(number, problem.x.dtype) for number in (spherical_step, source_step, step_adaptation)
     )
@@ -113,13 +112,15 @@ def boundary(
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = starts.find(context.problem, keys, found)
+    found = decision.find_start(context.problem, keys, found)
     point = found.best.x
     # By arithmetic, which keeps how an array is sharded.
     zeros, none = norms.linf(point - point), 0 * found.forwards
     sizes = _Sizes(*(size + zeros for size in context.sizes))
-    windows = (_Window(zeros[:, None] + jnp.zeros((1, n), zeros.dtype), none) for n in (_SPHERICAL_WINDOW, _STEP_WINDOW))
-    return _State(point, point, none > 0, none, none, sizes, *windows, keys, found)
+    spherical, source = (
+        _Window(jnp.repeat(zeros[:, None], size, axis=1), none) for size in (_SPHERICAL_WINDOW, _STEP_WINDOW)
+    )
+    return _State(point, point, none > 0, none, none, sizes, spherical, source, keys, found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
@@ -130,34 +131,33 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     probe = base.choose(is_spherical, spherical, base.choose(state.is_waiting, state.waiting, candidate))
     seen = base.evaluate(problem, probe)
     is_accepted = seen.success & ~is_spherical
+    point = base.choose(is_accepted, seen.x, state.point)
 
     tries = state.tries + (~seen.success).astype(state.tries.dtype)
     is_over = is_accepted | (tries >= context.num_directions)
-    sizes, windows = _adapt(
-        context, state.sizes, is_over, _push(state.spherical, seen.success, is_spherical),
-        _push(state.source, seen.success, state.is_waiting),
-    )
+    steps, tries = state.steps + is_over.astype(state.steps.dtype), jnp.where(is_over, 0, tries)
+    windows = _push(state.spherical, seen.success, is_spherical), _push(state.source, seen.success, state.is_waiting)
+    sizes, spherical_window, source_window = _adapt(context, state.sizes, is_over, *windows)
+    is_waiting = seen.success & is_spherical
+    found = minimal.spend(problem, state.found, seen, forwards=1)
     return _State(
-        base.choose(is_accepted, seen.x, state.point), candidate, seen.success & is_spherical,
-        state.steps + is_over.astype(state.steps.dtype), jnp.where(is_over, 0, tries), sizes, *windows, state.keys,
-        minimal.spend(problem, state.found, seen, forwards=1),
+        point, candidate, is_waiting, steps, tries, sizes, spherical_window, source_window, state.keys, found
     )
 
 
 def _propose(problem: base.Problem, state: _State, keys: Key) -> tuple[Array, Array]:
     """Draws a spherical candidate and the one that is nearer to the clean input."""
-    x, limits = problem.x, minimal.limits(problem)
-    offset = x - state.point
+    x = problem.x
+    offset, drawn = x - state.point, decision.normal(keys, x)
     distance = norms.l2(offset)
-    drawn = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-    toward = _unit(offset)
-    around = _unit(drawn - norms.expand(norms.flatten(drawn * toward).sum(axis=1), x) * toward)
+    toward = decision.unit(offset)
+    around = decision.unit(drawn - norms.expand(norms.flatten(drawn * toward).sum(axis=1), x) * toward)
     moved = norms.expand(state.sizes.spherical * distance, x) * around - offset
     shrink = 1.0 / jnp.sqrt(1.0 + jnp.square(state.sizes.spherical))
-    spherical = jnp.clip(x + norms.expand(shrink, x) * moved, *limits)
+    spherical = decision.into_box(problem, x + norms.expand(shrink, x) * moved)
     offset = x - spherical
     length = jnp.maximum(0.0, state.sizes.source * distance + norms.l2(offset) - distance)
-    return spherical, jnp.clip(spherical + norms.expand(length, x) * _unit(offset), *limits)
+    return spherical, decision.into_box(problem, spherical + norms.expand(length, x) * decision.unit(offset))
 
 
 def _push(window: _Window, outcome: Array, where: Array) -> _Window:
@@ -169,28 +169,19 @@ def _push(window: _Window, outcome: Array, where: Array) -> _Window:
 
 def _adapt(
     context: _Context, sizes: _Sizes, where: Array, spherical: _Window, source: _Window
-) -> tuple[_Sizes, tuple[_Window, _Window]]:
+) -> tuple[_Sizes, _Window, _Window]:
     """Changes the sizes of steps of the examples named by `where [B]`, once both windows are full."""
     is_due = where & (spherical.num == _SPHERICAL_WINDOW) & (source.num == _STEP_WINDOW)
-    both, is_forgotten = _factor(context, spherical, is_due)
-    alone, is_forgotten_too = _factor(context, source, is_due)
-    windows = (
-        window._replace(num=jnp.where(forget, 0, window.num))
-        for window, forget in ((spherical, is_forgotten), (source, is_forgotten_too))
-    )
-    return _Sizes(sizes.spherical * both, sizes.source * both * alone), tuple(windows)
+    (both, spherical), (alone, source) = (_factor(context, window, is_due) for window in (spherical, source))
+    return _Sizes(sizes.spherical * both, sizes.source * both * alone), spherical, source
 
 
-def _factor(context: _Context, window: _Window, where: Array) -> tuple[Array, Array]:
-    """Says by what a window changes step sizes, shape `[B]`, and whether it does."""
+def _factor(context: _Context, window: _Window, where: Array) -> tuple[Array, _Window]:
+    """Says by what a window changes step sizes, shape `[B]`; what does is forgotten."""
     share = window.outcomes.mean(axis=1)
     grows, shrinks = where & (share > _HIGH), where & (share < _LOW)
     factor = jnp.where(grows, context.adaptation, jnp.where(shrinks, 1.0 / context.adaptation, 1.0))
-    return factor, grows | shrinks
-
-
-def _unit(vector: Array) -> Array:
-    return vector / norms.expand(jnp.maximum(norms.l2(vector), jnp.finfo(vector.dtype).tiny), vector)
+    return factor, window._replace(num=jnp.where(grows | shrinks, 0, window.num))
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

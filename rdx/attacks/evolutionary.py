@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, driver, minimal, starts
+from rdx.attacks import base, decision, driver, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -85,20 +85,21 @@ def evolutionary(
     if ball.norm != "l2":
         raise ValueError(f"evolutionary minimises the l2 norm, not {ball.norm}: use hopskipjump.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    problem, num_steps = starts.begin(problem, start, num_queries)
+    problem, num_steps = decision.begin(problem, start, num_queries)
     shape = problem.x.shape[1:]
     if resolution is not None:
         if len(shape) != 3:
             raise ValueError(f"resolution={resolution} is for images [B, H, W, C], not for inputs {problem.x.shape}.")
         shape = (*resolution, shape[2])
-    numbers = (jnp.asarray(number, problem.x.dtype) for number in (step, spread, decay, rate))
-    context, keys = _Context(problem, *numbers, jnp.zeros(shape)), base.example_keys(key, problem.x, index)
+    step, spread, decay, rate = (jnp.asarray(number, problem.x.dtype) for number in (step, spread, decay, rate))
+    context = _Context(problem, step, spread, decay, rate, jnp.zeros(shape))
+    keys = base.example_keys(key, problem.x, index)
     found, trace = driver.run(_METHOD, context, keys, clean, num_steps=num_steps, loop=loop)
     return base.report_nearest(problem, found, clean.best, trace)
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = starts.find(context.problem, keys, found)
+    found = decision.find_start(context.problem, keys, found)
     # By arithmetic, which keeps how an array is sharded.
     zeros = norms.linf(found.best.x - found.best.x)
     path = norms.expand(zeros, context.grid[None]) + jnp.zeros_like(context.grid, found.best.x.dtype)[None]
@@ -107,12 +108,13 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem, x = context.problem, context.problem.x
-    mutation = jax.vmap(_mutate)(base.fold(state.keys, i), state.variance)
+    mutation = _mutate(base.fold(state.keys, i), state.variance)
     offset, resized = x - state.point, jax.image.resize(mutation, x.shape, "bilinear")
     length = context.spread * norms.l2(offset)
-    moved = state.point + norms.expand(state.step, x) * offset + norms.expand(length, x) * _unit(resized)
+    moved = state.point + norms.expand(state.step, x) * offset + norms.expand(length, x) * decision.unit(resized)
     radius = (1.0 - state.step) * norms.l2(offset)
-    seen = base.evaluate(problem, jnp.clip(x - norms.expand(radius, x) * _unit(x - moved), *minimal.limits(problem)))
+    returned = x - norms.expand(radius, x) * decision.unit(x - moved)
+    seen = base.evaluate(problem, decision.into_box(problem, returned))
     path = context.decay * state.path + jnp.sqrt(1.0 - jnp.square(context.decay)) * mutation
     variance = (1.0 - context.rate) * state.variance + context.rate * jnp.square(path)
     point, path, variance = base.choose(
@@ -123,13 +125,14 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     return _State(point, path, variance, step, num_tried, num_kept, state.keys, found)
 
 
-def _mutate(key: Key, variance: Array) -> Array:
-    """Draws a mutation of one example on the elements that win a lottery: Gumbel's maxima are such a sample."""
-    lottery_key, normal_key = jax.random.split(key)
-    tickets = jnp.log(variance) + jax.random.gumbel(lottery_key, variance.shape, variance.dtype)
-    last = jax.lax.top_k(tickets.reshape(-1), max(1, variance.size // 20))[0][-1]
-    drawn = jnp.sqrt(variance) * jax.random.normal(normal_key, variance.shape, variance.dtype)
-    return jnp.where(tickets >= last, drawn, 0.0)
+def _mutate(keys: Key, variance: Array) -> Array:
+    """Draws mutations on elements that win a lottery: the greatest sums of log-probabilities and Gumbel noise."""
+    draw = jax.vmap(lambda key: jax.random.gumbel(key, variance.shape[1:], variance.dtype))
+    tickets = jnp.log(variance) + draw(base.fold(keys, 0))
+    flat = norms.flatten(tickets)
+    last = jax.lax.top_k(flat, max(1, flat.shape[1] // 20))[0][:, -1]
+    drawn = jnp.sqrt(variance) * decision.normal(base.fold(keys, 1), variance)
+    return jnp.where(tickets >= norms.expand(last, tickets), drawn, 0.0)
 
 
 def _adapt(state: _State, success: Array) -> tuple[Array, Array, Array]:
@@ -137,10 +140,6 @@ def _adapt(state: _State, success: Array) -> tuple[Array, Array, Array]:
     is_over = num_tried >= _WINDOW
     step = jnp.where(is_over, state.step * jnp.exp(num_kept / _WINDOW - 0.2), state.step)
     return step, jnp.where(is_over, 0.0, num_tried), jnp.where(is_over, 0.0, num_kept)
-
-
-def _unit(vector: Array) -> Array:
-    return vector / norms.expand(jnp.maximum(norms.l2(vector), jnp.finfo(vector.dtype).tiny), vector)
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

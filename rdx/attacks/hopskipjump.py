@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, driver, minimal, starts
+from rdx.attacks import base, decision, driver, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -90,13 +90,13 @@ def hopskipjump(
     if ball.norm == "l1":
         raise ValueError("hopskipjump minimises the l2 or linf norm, not l1.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    problem, budget = starts.begin(problem, start, num_queries)
-    size, precision = problem.x[0].size, float(jnp.finfo(problem.x.dtype).eps)
+    problem, budget = decision.begin(problem, start, num_queries)
+    size, precision = math.prod(problem.x.shape[1:]), float(jnp.finfo(problem.x.dtype).eps)
     theta = max(precision, gamma * size ** (-1.5 if ball.norm == "l2" else -2.0))
     at_once = min(_NUM_AT_ONCE, num_samples)
     kinds, iterations = _plan(budget, max(1, math.ceil(-math.log2(theta))), num_samples, at_once)
-    numbers = (jnp.asarray(number, problem.x.dtype) for number in (iterations, first_radius, gamma / size))
-    context = _Context(problem, jnp.asarray(kinds), *numbers, jnp.zeros(at_once))
+    times, radius, share = (jnp.asarray(number, problem.x.dtype) for number in (iterations, first_radius, gamma / size))
+    context = _Context(problem, jnp.asarray(kinds), times, radius, share, jnp.zeros(at_once))
     keys = base.example_keys(key, problem.x, index)
     found, trace = driver.run(_METHOD, context, keys, clean, num_steps=len(kinds), loop=loop)
     return base.report_nearest(problem, found, clean.best, trace)
@@ -116,7 +116,7 @@ def _plan(budget: int, num_halvings: int, num_samples: int, at_once: int) -> tup
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = starts.find(context.problem, keys, found)
+    found = decision.find_start(context.problem, keys, found)
     far = found.best.x
     # By arithmetic, which keeps how an array is sharded.
     zeros = norms.linf(far - far)
@@ -139,11 +139,10 @@ def _bisect(context: _Context, state: _State, i: Array) -> _State:
 def _sample(context: _Context, state: _State, i: Array) -> _State:
     problem, point = context.problem, _between(context.problem, state.far, state.high)
     is_first, distance = context.iterations[i] == 1, problem.ball.distance(point, problem.x)
-    radius = norms.expand(jnp.where(is_first, context.first_radius, context.share * distance), point)[:, None]
-    drawn = jax.vmap(lambda key: _directions(key, point[0], context.samples, problem.ball.norm))(base.fold(state.keys, i))
-    low, high = minimal.limits(problem)
-    points = jnp.clip(point[:, None] + radius * drawn, low[:, None], high[:, None])
-    nearest, success = starts.nearest(problem, points)
+    radius = norms.expand(jnp.where(is_first, context.first_radius, context.share * distance), point)
+    drawn = _directions(context, base.fold(state.keys, i))
+    points = decision.into_box(problem, point[:, None] + radius[:, None] * drawn)
+    nearest, success = decision.nearest(problem, points)
     # The box may have bent the directions.
     directions, decisions = points - point[:, None], jnp.where(success, 1.0, -1.0).astype(point.dtype)
     return state._replace(
@@ -162,10 +161,9 @@ def _leap(context: _Context, state: _State, i: Array) -> _State:
     direction = problem.ball.ascent_direction(state.moment - norms.expand(mean, point) * state.total)
     length = problem.ball.distance(point, problem.x) / jnp.sqrt(context.iterations[i])
     lengths = length[:, None] * jnp.exp2(-jnp.arange(_NUM_LEAPS, dtype=point.dtype))[None]
-    low, high = minimal.limits(problem)
     points = point[:, None] + norms.expand(lengths, point[:, None]) * direction[:, None]
-    points = jnp.clip(points, low[:, None], high[:, None])
-    nearest, success = starts.nearest(problem, points)
+    points = decision.into_box(problem, points)
+    nearest, success = decision.nearest(problem, points)
     longest = norms.expand(success.argmax(axis=1)[:, None], points)
     leapt = jnp.take_along_axis(points, longest, axis=1)[:, 0]
     zeros = 0.0 * length
@@ -177,22 +175,27 @@ def _leap(context: _Context, state: _State, i: Array) -> _State:
 
 def _between(problem: base.Problem, far: Array, share: Array) -> Array:
     """Goes the share `[B]` of the way from `x` to `far`."""
-    x, low_high = problem.x, minimal.limits(problem)
-    delta, share = far - x, norms.expand(share, x)
+    x, share = problem.x, norms.expand(share, problem.x)
+    delta = far - x
     if problem.ball.norm == "linf":
         limit = share * norms.expand(norms.linf(delta), x)
-        return jnp.clip(x + jnp.clip(delta, -limit, limit), *low_high)
-    return jnp.clip(x + share * delta, *low_high)
+        return decision.into_box(problem, x + jnp.clip(delta, -limit, limit))
+    return decision.into_box(problem, x + share * delta)
 
 
-def _directions(key: Key, like: Array, samples: Array, norm: str) -> Array:
-    """Draws random unit vectors in the space of one example, shape `[n, ...]`."""
-    shape = (len(samples), *like.shape)
-    if norm == "linf":
-        drawn = jax.random.uniform(key, shape, like.dtype, -1.0, 1.0)
-    else:
-        drawn = jax.random.normal(key, shape, like.dtype)
-    return drawn / norms.expand(norms.l2(drawn), drawn)
+def _directions(context: _Context, keys: Key) -> Array:
+    """Draws unit vectors, shape `[B, n, ...]`."""
+    x = context.problem.x
+    shape = (len(context.samples), *x.shape[1:])
+
+    def draw(key: Key) -> Array:
+        if context.problem.ball.norm == "linf":
+            drawn = jax.random.uniform(key, shape, x.dtype, -1.0, 1.0)
+        else:
+            drawn = jax.random.normal(key, shape, x.dtype)
+        return decision.unit(drawn)
+
+    return jax.vmap(draw)(keys)
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, driver, minimal, starts
+from rdx.attacks import base, decision, driver, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -83,16 +82,16 @@ def opt(
 
     Source: Cheng et al. (2019, arXiv:1807.04457, Algorithms 1 and 2); line search and numbers as in their code.
     Differences: a step that fails at the length to beat is not measured further; a bracket grows by a quarter at most,
-    where the code goes on to an absolute length; the tolerance is relative; `beta` stays above 5e-5, where lengths still
-    differ in float32; a given start is the only first direction. One step of the driver is one query of every example.
-    For linf, directions have unit norm in linf, as in their code.
+    where the code goes on to an absolute length; the tolerance is relative; `beta` stays at 5e-5, where lengths still
+    differ in float32; the start's own direction is tried, too, and a given start's only. One step of the driver is one
+    query of every example.
 
     Args:
         key: one key; example `i` uses it folded with `index[i]`.
         logits_fn: `x [B, ...] -> logits [B, K]`.
         x: clean inputs, shape `[B, ...]`.
         labels: shape `[B]`, int.
-        ball: the norm, l2 or linf, the box, and the greatest radius that counts, which may be infinite.
+        ball: the norm, which must be l2, the box, and the greatest radius that counts, which may be infinite.
         goal: what counts as success; any wrong class by default.
         index: places in the data set, shape `[B]`, int; `0..B-1` by default.
         num_queries: forward passes on each example, all told.
@@ -107,12 +106,13 @@ def opt(
         The attack's result: `x` itself where no success within `ball.eps` was found. `num_queries` forward passes.
 
     Raises:
-        ValueError: on l1, too small a budget, a start that does not fit, unusable inputs, or NaN logits.
+        ValueError: on a norm other than l2, too small a budget, a start that does not fit, unusable inputs, or NaN
+            logits.
     """
-    if ball.norm == "l1":
-        raise ValueError("opt minimises the l2 or linf norm, not l1.")
+    if ball.norm != "l2":
+        raise ValueError(f"opt minimises the l2 norm, not {ball.norm}: use hopskipjump.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
-    problem, num_steps = starts.begin(problem, start, num_queries)
+    problem, num_steps = decision.begin(problem, start, num_queries)
     counts = (jnp.asarray(count, jnp.int32) for count in (num_directions if start is None else 0, num_samples))
     context = _Context(problem, *counts, *(jnp.asarray(number, problem.x.dtype) for number in (step_size, beta)))
     keys = base.example_keys(key, problem.x, index)
@@ -122,8 +122,8 @@ def opt(
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
     problem = context.problem
-    found = starts.find(problem, keys, found)
-    direction, length = _unit(problem, found.best.x - problem.x), problem.ball.distance(found.best.x, problem.x)
+    found = decision.find_start(problem, keys, found)
+    direction, length = decision.unit(found.best.x - problem.x), problem.ball.distance(found.best.x, problem.x)
     # By arithmetic, which keeps how an array is sharded.
     none = 0 * found.forwards
     trial = _Measurement(direction, _PROBE + none, length, length, length)
@@ -136,7 +136,7 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem, trial = context.problem, state.trial
     point = problem.x + norms.expand(_next_length(trial), problem.x) * trial.direction
-    seen = base.evaluate(problem, jnp.clip(point, *minimal.limits(problem)))
+    seen = base.evaluate(problem, decision.into_box(problem, point))
     trial, is_rejected, is_over = _advance(trial, state.mode, seen.success, _TOLERANCE * state.beta)
     state = state._replace(trial=trial, found=minimal.spend(problem, state.found, seen, forwards=1))
     concluded = _conclude(context, state, jnp.where(is_rejected, jnp.inf, trial.high))
@@ -204,19 +204,13 @@ def _conclude(context: _Context, state: _State, value: Array) -> _State:
 
 def _launch(problem: base.Problem, state: _State, keys: Key) -> _State:
     """Begins to measure the next direction."""
-    drawn = jax.vmap(lambda key: jax.random.normal(key, problem.x.shape[1:], problem.x.dtype))(keys)
-    offset = _unit(problem, drawn)
+    offset = decision.unit(decision.normal(keys, problem.x))
     near = state.direction + norms.expand(state.beta, offset) * offset
     down = state.direction - norms.expand(state.step_size, offset) * state.gradient
     direction = base.choose(state.mode == _EXPLORE, offset, base.choose(state.mode == _ESTIMATE, near, down))
     guess = jnp.where(state.mode == _ESTIMATE, state.length, state.line_length)
-    trial = _Measurement(_unit(problem, direction), jnp.full_like(state.mode, _PROBE), guess, guess, guess)
+    trial = _Measurement(decision.unit(direction), jnp.full_like(state.mode, _PROBE), guess, guess, guess)
     return state._replace(trial=trial, offset=offset)
-
-
-def _unit(problem: base.Problem, vector: Array) -> Array:
-    length = norms.norm(vector, problem.ball.norm)
-    return vector / norms.expand(jnp.maximum(length, jnp.finfo(vector.dtype).tiny), vector)
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

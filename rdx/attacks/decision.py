@@ -1,4 +1,4 @@
-"""Where decision-based attacks begin: an input on the wrong side of the boundary, given or found among noise."""
+"""What decision-based attacks share: where they begin, the nearest of several points, unit vectors."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def begin(problem: base.Problem, start: ArrayLike | None, num_queries: int) -> t
         num_queries: the attack's budget of forward passes on each example.
 
     Returns:
-        The problem, and the queries that remain once `find` and the clean input have had theirs.
+        The problem, and the queries that remain once `find_start` and the clean input have had theirs.
 
     Raises:
         ValueError: if the start is shaped otherwise than `x`, or no query remains.
@@ -37,7 +37,7 @@ def begin(problem: base.Problem, start: ArrayLike | None, num_queries: int) -> t
     return problem._replace(data=start), num_queries - spent
 
 
-def find(problem: base.Problem, keys: Key, found: base.Found) -> base.Found:
+def find_start(problem: base.Problem, keys: Key, found: base.Found) -> base.Found:
     """Looks for a success to begin at: the given start, or else noise, blended with `x` as far as it stays one.
 
     Of several uniform draws from the box the nearest that succeeds, `v`, is kept, and of the blends `x + t (v - x)`
@@ -57,11 +57,11 @@ def find(problem: base.Problem, keys: Key, found: base.Found) -> base.Found:
         What was found: as good as `found`, and the start where that is nearer. 1 forward pass with a given start, else
         50.
     """
-    limits = minimal.limits(problem)
     if not isinstance(problem.data, tuple):
-        return minimal.spend(problem, found, base.evaluate(problem, jnp.clip(problem.data, *limits)), forwards=1)
+        start = base.evaluate(problem, into_box(problem, problem.data))
+        return minimal.spend(problem, found, start, forwards=1)
     x = problem.x[:, None]
-    far, _ = nearest(problem, jax.vmap(_noise)(keys, problem.x, *limits))
+    far, _ = nearest(problem, _noise(problem, keys))
     found = minimal.spend(problem, found, far, forwards=_NUM_DRAWS)
     share = jnp.arange(1, _NUM_BLENDS + 1, dtype=x.dtype) / _NUM_BLENDS
     blends = x + share.reshape(1, -1, *[1] * (x.ndim - 2)) * (far.x[:, None] - x)
@@ -87,16 +87,30 @@ def nearest(problem: base.Problem, points: Array) -> tuple[base.Candidate, Array
     return base.Candidate(*picked), success
 
 
-def _noise(key: Key, x: Array, low: Array, high: Array) -> Array:
-    """Draws the noise around one example, shape `[n, ...]`."""
-    widths = jnp.exp2(jnp.arange(_NUM_DRAWS, dtype=x.dtype))
-    return jax.vmap(_draw, in_axes=(0, 0, None, None, None))(jax.random.split(key, _NUM_DRAWS), widths, x, low, high)
+def into_box(problem: base.Problem, points: Array) -> Array:
+    """Clips points, shape `[B, ...]` or `[B, n, ...]`, to the box; elements of radius 0 become those of `x`."""
+    low, high = minimal.limits(problem)
+    return jnp.clip(points, low, high) if points.ndim == low.ndim else jnp.clip(points, low[:, None], high[:, None])
 
 
-def _draw(key: Key, width: Array, x: Array, low: Array, high: Array) -> Array:
-    uniform_key, normal_key = jax.random.split(key)
+def normal(keys: Key, like: Array) -> Array:
+    """Draws standard normal vectors, one for each of the keys `[B]`, in the shape of `like [B, ...]`."""
+    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
+
+
+def unit(vector: Array) -> Array:
+    """Scales vectors `[B, ...]` to l2 norm 1; those of norm 0 stay."""
+    return vector / norms.expand(jnp.maximum(norms.l2(vector), jnp.finfo(vector.dtype).tiny), vector)
+
+
+def _noise(problem: base.Problem, keys: Key) -> Array:
+    """Draws what to begin at, shape `[B, n, ...]`."""
+    x = problem.x[:, None]
+    low, high = (end[:, None] for end in minimal.limits(problem))
+    shape = (_NUM_DRAWS, *problem.x.shape[1:])
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape, x.dtype))(base.fold(keys, 0))
+    normal = jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype))(base.fold(keys, 1))
     has_ends = jnp.isfinite(low) & jnp.isfinite(high)
-    ends = jnp.where(has_ends, low, 0.0), jnp.where(has_ends, high, 1.0)
-    inside = jax.random.uniform(uniform_key, x.shape, x.dtype, *ends)
-    around = x + width * jax.random.normal(normal_key, x.shape, x.dtype)
-    return jnp.clip(jnp.where(has_ends, inside, around), low, high)
+    first, last = (jnp.where(has_ends, end, x) for end in (low, high))
+    widths = jnp.exp2(jnp.arange(_NUM_DRAWS, dtype=x.dtype)).reshape(1, -1, *[1] * (x.ndim - 2))
+    return into_box(problem, jnp.where(has_ends, first + uniform * (last - first), x + widths * normal))
