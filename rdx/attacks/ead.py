@@ -49,7 +49,7 @@ def ead(
     inputs, the greater should `beta` be: for the least l1 norm of 8x8 digits 0.1 finds 0.7 of what the default finds.
     For the least l2 norm it should be 0; then nothing is shrunk.
 
-    Source: Chen et al. (2018, arXiv:1709.04114, Eqs. 4-7, Algorithm 1). The defaults are those of the authors' code but
+    Source: Chen et al. (2018, arXiv:1709.04114, Algorithm 1). The defaults are those of the authors' code but
     for the length of a round, which is 10,000 there and ends early when the objective stops falling. Differences: `y_k`
     is clipped to the box, outside of which the model need not make sense, and counts as seen; the last round is not
     repeated at the least constant that succeeded.

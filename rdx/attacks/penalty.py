@@ -37,7 +37,7 @@ def first_round(problem: base.Problem, initial_constant: Array) -> Search:
 
 
 def next_round(search: Search) -> Search:
-    """Halves the bracket; until a constant has succeeded, multiplies it by 10 (Carlini & Wagner 2017, Sec. VI-D)."""
+    """Halves the bracket; until a constant has succeeded, multiplies it by 10, as the code of C&W does."""
     lower = jnp.where(search.has_succeeded, search.lower, jnp.maximum(search.lower, search.constant))
     upper = jnp.where(search.has_succeeded, jnp.minimum(search.upper, search.constant), search.upper)
     greater = jnp.minimum(10.0 * search.constant, LARGEST)
