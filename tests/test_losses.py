@@ -23,6 +23,14 @@ def test_margin_is_positive_exactly_where_wrong():
     np.testing.assert_allclose(losses.targeted_margin(LOGITS, jnp.array([1, 1])), [-1.0, 1.5])
 
 
+def test_targeted_log_odds_are_those_of_the_softmax():
+    targets = jnp.array([1, 2])
+    p = np.asarray(jax.nn.softmax(LOGITS, axis=1), np.float64)[np.arange(2), targets]
+    np.testing.assert_allclose(losses.targeted_log_odds(LOGITS, targets), np.log(p) - np.log(1.0 - p), rtol=1e-5)
+    # Finite where the probability of the rest underflows.
+    np.testing.assert_allclose(losses.targeted_log_odds(1e3 * LOGITS, jnp.array([0, 1])), [1000.0, 1500.0])
+
+
 def test_dlr_values():
     np.testing.assert_allclose(losses.dlr(LOGITS, LABELS), [-1.0 / 2.0, 2.0 / (3.0 - 1.0)], rtol=1e-6)
     targeted = losses.targeted_dlr(LOGITS, LABELS, jnp.array([3, 1]))

@@ -32,13 +32,13 @@ def check_even(num_samples: int) -> None:
 
 
 def directions(
-    problem: base.Problem, keys: Key, num: int, draw: Callable[..., Array] = jax.random.normal
+    keys: Key, problem: base.Problem, num: int, *, draw: Callable[..., Array] = jax.random.normal
 ) -> Array:
     """Draws directions for every example; elements of radius 0, which may not change, stay 0.
 
     Args:
-        problem: the attack's problem.
         keys: one per example, shape `[B]`.
+        problem: the attack's problem.
         num: directions for each, `n`.
         draw: `(key, shape, dtype) -> Array`.
 
@@ -50,7 +50,7 @@ def directions(
     return jnp.where((problem.ball.radius(x) > 0)[:, None], drawn, 0.0)
 
 
-def unit(direction: Array, axis: int = 1) -> Array:
+def unit(direction: Array, *, axis: int = 1) -> Array:
     """Divides vectors by their l2 norms; 0 stays 0.
 
     Args:

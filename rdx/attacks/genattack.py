@@ -139,7 +139,7 @@ def _breed(key: Key, points: Array, loss: Array, temperature: Array, rate: Array
     parent_key, cross_key, where_key, what_key = jax.random.split(key, 4)
     shape = (len(points) - 1, *points.shape[1:])
     # Finite, so that members whose loss is not are drawn least, and never all with probability NaN.
-    fitness = jnp.nan_to_num(loss, nan=jnp.finfo(loss.dtype).min) / temperature
+    fitness = jnp.nan_to_num(loss / temperature, nan=jnp.finfo(loss.dtype).min)
     first, second = jax.random.categorical(parent_key, fitness, shape=(2, shape[0]))
     odds = jax.nn.sigmoid(fitness[first] - fitness[second])
     draws = jax.random.uniform(cross_key, shape, points.dtype)

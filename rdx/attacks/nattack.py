@@ -88,7 +88,7 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem, num = context.problem, len(context.samples)
-    draws = estimate.directions(problem, base.fold(state.keys, i), num)
+    draws = estimate.directions(base.fold(state.keys, i), problem, num)
     # The mean itself is the last point.
     draws = jnp.concatenate([draws, 0.0 * draws[:, :1]], axis=1)
     points = _points(problem, state.mean[:, None] + context.sigma * draws)

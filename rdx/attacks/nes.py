@@ -88,7 +88,7 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem = context.problem
-    pairs = estimate.directions(problem, base.fold(state.keys, i), len(context.pairs))
+    pairs = estimate.directions(base.fold(state.keys, i), problem, len(context.pairs))
     gradient, loss = estimate.antithetic_gradient(problem, state.point, pairs, context.sigma)
     largest, least = problem.data
     size = jnp.maximum(base.per_example(state.share, largest) * largest, least)

@@ -114,7 +114,7 @@ def prgf(
     return base.report(problem, found, trace)
 
 
-def gradient_prior(logits_fn: LogitsFn, goal: Goal | None = None) -> Partial:
+def gradient_prior(logits_fn: LogitsFn, *, goal: Goal | None = None) -> Partial:
     """Builds the prior that is a substitute model's own loss gradient.
 
     Args:
@@ -141,7 +141,7 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem, current, num = context.problem, state.current, len(context.samples)
     draw_keys, norm_keys = (base.fold(base.fold(state.keys, i), part) for part in range(2))
-    draws = estimate.directions(problem, draw_keys, num)
+    draws = estimate.directions(draw_keys, problem, num)
     if context.prior_fn is None:
         units, norm, spent = estimate.unit(draws, axis=2), state.norm, num
         gradient = estimate.average(_slopes(context, current, units), units)
@@ -176,7 +176,7 @@ def _update_norm(context: _Context, keys: Key, state: _State, i: Array) -> tuple
 
     def measure() -> Array:
         num = len(context.norm_samples)
-        units = estimate.unit(estimate.directions(context.problem, keys, num), axis=2)
+        units = estimate.unit(estimate.directions(keys, context.problem, num), axis=2)
         mean = jnp.square(_slopes(context, state.current, units)).mean(axis=1)
         return jnp.sqrt(_dimension(context.problem) * mean)
 

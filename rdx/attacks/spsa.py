@@ -35,9 +35,9 @@ def spsa(
     `g = 1/n sum_i loss(x_k + sigma u_i) u_i / sigma` over `n/2` directions of random signs and their opposites, then
     `x_{k+1} = P(x_k + s Adam(g))`.
 
-    Source: Uesato et al. (2018, arXiv:1802.05666, Algorithm 1); it projects onto the box, too, and its step is up the
-    loss. Defaults as in RealSafe (Dong et al. 2020, arXiv:1912.11852), whose rates, 0.3 eps for linf and 0.005 for
-    CIFAR-10 in the l2 ball of radius 1, are both the ones that make the length of a full Adam step 0.3 eps.
+    Source: Uesato et al. (2018, arXiv:1802.05666, Algorithm 1), whose loss is the negative of ours. Defaults as in
+    RealSafe (Dong et al. 2020, arXiv:1912.11852), whose rates, 0.3 eps for linf and 0.005 for CIFAR-10 in the l2 ball
+    of radius 1, both make the length of a full Adam step 0.3 eps.
 
     Args:
         key: one key; example `i` uses it folded with `index[i]`.
@@ -82,7 +82,9 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem = context.problem
-    pairs = estimate.directions(problem, base.fold(state.keys, i), len(context.pairs), jax.random.rademacher)
+    pairs = estimate.directions(
+        base.fold(state.keys, i), problem, len(context.pairs), draw=jax.random.rademacher
+    )
     gradient, _ = estimate.antithetic_gradient(problem, state.point, pairs, context.sigma)
     moments, direction = estimate.adam(state.moments, gradient, i + 1)
     point = problem.ball.project(state.point + problem.data * direction, problem.x)
