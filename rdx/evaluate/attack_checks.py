@@ -16,7 +16,7 @@ from rdx.attacks import Loop, apgd, base, square
 from rdx.balls import Ball
 from rdx.evaluate.checks import BPDA, LOSS, Check, Status, call, check, grade, gradient, is_wrong
 from rdx.goals import Goal
-from rdx.types import Array, Key, Trace
+from rdx.types import Array, ArrayLike, Key, Trace
 
 EFFORT = "attacks.autoattack: more steps and restarts, and several losses"
 SQUARE = f"attacks.square with 5,000 queries; {BPDA}"
@@ -49,7 +49,7 @@ class Runs(NamedTuple):
     first: dict[str, np.ndarray]
     early: dict[str, np.ndarray]
     rising: dict[str, np.ndarray]
-    x_adv: dict[str, np.ndarray]
+    x_adv: dict[str, Array]
 
     def graded(self, share: float) -> Status:
         """Grades a share of examples."""
@@ -88,14 +88,14 @@ def run(
         num_restarts=2, loop=Loop(trace=True),
     )
     assert found.trace is not None
-    broken, x_adv = _split(names, num, found.success), _split(names, num, found.x_adv)
-    first, early, rising = (_split(names, num, part) for part in _course(found.trace, num_steps))
+    x_adv, broken = _split(names, num, found.x_adv), _on_host(names, num, found.success)
+    first, early, rising = (_on_host(names, num, part) for part in _course(found.trace, num_steps))
     black = square(square_key, logits_fn, x, labels, ball=ball, num_steps=num_queries)
     step = base.ascend(ball, x, x, gradient(Partial(losses.cross_entropy), logits_fn, x, labels), ball.eps)
     noise = [ball.sample(keys, x) for keys in jax.random.split(noise_key, (_NUM_POINTS, num))]
     broken |= {"square": np.asarray(black.success), "one_step": is_wrong(logits_fn, step, labels),
                "noise": np.any([is_wrong(logits_fn, point, labels) for point in noise], axis=0)}
-    x_adv["square"] = np.asarray(black.x_adv)
+    x_adv["square"] = black.x_adv
     return Runs(np.asarray(logits.argmax(axis=1) == labels), broken, first, early, rising, x_adv)
 
 
@@ -136,7 +136,9 @@ def judge(runs: Runs) -> tuple[Check, ...]:
     )
 
 
-def validity(logits_fn: Partial, x: Array, labels: Array, x_adv: Array, success: Array, ball: Ball) -> Check:
+def validity(
+    logits_fn: Partial, x: Array, labels: Array, x_adv: Array, success: ArrayLike, ball: Ball
+) -> Check:
     """Checks adversarial examples: in ball and box, finite, wrong in a fresh pass, and still so as 8-bit images.
 
     Args:
@@ -151,13 +153,13 @@ def validity(logits_fn: Partial, x: Array, labels: Array, x_adv: Array, success:
         The check "validity". It fails on what is not in the ball or not adversarial, and warns where rounding to 8 bits
         undoes more than a tenth.
     """
-    success = np.asarray(success)
+    claimed = np.asarray(success)
     # Room for the rounding of x + delta, and no more.
     roomy = Ball(ball.norm, 1.000001 * jnp.asarray(ball.eps) + 1e-6, ball.low, ball.high)
     inside = np.asarray(roomy.contains(x_adv, x)) & np.isfinite(np.asarray(norms.flatten(x_adv))).all(axis=1)
     survives = is_wrong(logits_fn, jnp.round(x_adv * _GREY_LEVELS) / _GREY_LEVELS, labels)
-    outside, false = 1.0 - float(inside.mean()), float((success & ~is_wrong(logits_fn, x_adv, labels)).mean())
-    undone = float((~survives)[success].mean()) if success.any() else 0.0
+    outside, false = 1.0 - float(inside.mean()), float((claimed & ~is_wrong(logits_fn, x_adv, labels)).mean())
+    undone = float((~survives)[claimed].mean()) if claimed.any() else 0.0
     status = "fail" if outside or false else grade(undone, 0.1, np.inf)
     return check(
         "validity", status,
@@ -215,8 +217,12 @@ def _is_wrong(logits: Array, labels: Array, scale: Array) -> Array:
     return losses.is_wrong(logits, labels)
 
 
-def _split(names: list[str], num: int, values: Array) -> dict[str, np.ndarray]:
-    return {name: np.asarray(values[i * num:(i + 1) * num]) for i, name in enumerate(names)}
+def _split(names: list[str], num: int, values: Array) -> dict[str, Array]:
+    return {name: values[i * num:(i + 1) * num] for i, name in enumerate(names)}
+
+
+def _on_host(names: list[str], num: int, values: Array) -> dict[str, np.ndarray]:
+    return {name: np.asarray(part) for name, part in _split(names, num, values).items()}
 
 
 def _course(trace: Trace, num_steps: int) -> tuple[Array, Array, Array]:

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
-from rdx import goals, norms
-from rdx.attacks import adaptive, apgd
+from rdx import goals
+from rdx.attacks import Loop, adaptive, apgd, base
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.evaluate import attack_checks, checks, inspection, shared
@@ -119,10 +119,13 @@ def diagnose(
 
 
 def _random(key: Key, random_fn: Partial, x: Array, labels: Array, ball: Ball, num_steps: int) -> tuple[Check, ...]:
-    """Checks how random a model is, and how much of what an attack on single draws believes holds on fresh ones."""
+    """Checks how random a model is, and how much of what an attack believes holds on fresh draws.
+
+    It takes one draw at each point and stops where that is wrong, as suites of attacks do.
+    """
     draw_key, attack_key, judge_key = jax.random.split(key, 3)
     single = Partial(_first, adaptive.eot(random_fn, draw_key, 1))
-    found = apgd(attack_key, single, x, labels, ball=ball, num_steps=num_steps)
+    found = apgd(attack_key, single, x, labels, ball=ball, num_steps=num_steps, loop=Loop(stop=True))
     rate = adaptive.stochastic_success(judge_key, random_fn, found.x_adv, labels, num_draws=_NUM_DRAWS)
     luck = float((np.asarray(found.success) & (np.asarray(rate) <= 0.5)).mean())
     randomness = checks.randomness(draw_key, random_fn, x, labels, goals.misclassify())
@@ -138,8 +141,8 @@ def _strongest(runs: attack_checks.Runs) -> tuple[Array, np.ndarray]:
     x_adv, success = runs.x_adv["cross_entropy"], runs.broken["cross_entropy"]
     for name in ("rescaled", "margin", "square"):
         taken = ~success & runs.broken[name]
-        x_adv, success = np.where(norms.expand(taken, x_adv), runs.x_adv[name], x_adv), success | taken
-    return jnp.asarray(x_adv), success
+        x_adv, success = base.choose(jnp.asarray(taken), runs.x_adv[name], x_adv), success | taken
+    return x_adv, success
 
 
 def _mean_of_draws(random_fn: Partial, keys: Key, x: Array) -> Array:
