@@ -99,8 +99,8 @@ def _noise(problem: base.Problem, keys: Key) -> Array:
     x = problem.x[:, None]
     low, high = (end[:, None] for end in minimal.limits(problem))
     shape = (_NUM_DRAWS, *problem.x.shape[1:])
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape, x.dtype))(base.fold(keys, 0))
-    normal = jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype))(base.fold(keys, 1))
+    uniform = base.draw(base.fold(keys, 0), jax.random.uniform, shape, x.dtype)
+    normal = base.draw(base.fold(keys, 1), jax.random.normal, shape, x.dtype)
     has_ends = jnp.isfinite(low) & jnp.isfinite(high)
     first, last = (jnp.where(has_ends, end, x) for end in (low, high))
     widths = jnp.exp2(jnp.arange(_NUM_DRAWS, dtype=x.dtype)).reshape(1, -1, *[1] * (x.ndim - 2))

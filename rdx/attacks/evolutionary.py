@@ -128,8 +128,8 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
 def _mutate(keys: Key, variance: Array) -> Array:
     """Draws mutations on elements that win a lottery: the greatest sums of log-probabilities and Gumbel noise."""
     shape, dtype = variance.shape[1:], variance.dtype
-    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, shape, dtype))(base.fold(keys, 0))
-    normal = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(base.fold(keys, 1))
+    gumbel = base.draw(base.fold(keys, 0), jax.random.gumbel, shape, dtype)
+    normal = base.draw(base.fold(keys, 1), jax.random.normal, shape, dtype)
     tickets = jnp.log(variance) + gumbel
     flat = norms.flatten(tickets)
     last = jax.lax.top_k(flat, max(1, flat.shape[1] // 20))[0][:, -1]
