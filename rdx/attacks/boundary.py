@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, decision, driver, minimal
+from rdx.attacks import base, decision, driver, estimate, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -112,7 +112,7 @@ def boundary(
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = decision.find_start(context.problem, keys, found)
+    found = decision.find_start(base.fold(keys, 0), context.problem, found)
     point = found.best.x
     # By arithmetic, which keeps how an array is sharded.
     zeros, none = norms.linf(point - point), 0 * found.forwards
@@ -120,7 +120,7 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
     spherical, source = (
         _Window(jnp.repeat(zeros[:, None], size, axis=1), none) for size in (_SPHERICAL_WINDOW, _STEP_WINDOW)
     )
-    return _State(point, point, none > 0, none, none, sizes, spherical, source, keys, found)
+    return _State(point, point, none > 0, none, none, sizes, spherical, source, base.fold(keys, 1), found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
@@ -148,16 +148,16 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
 def _propose(problem: base.Problem, state: _State, keys: Key) -> tuple[Array, Array]:
     """Draws a spherical candidate and the one that is nearer to the clean input."""
     x = problem.x
-    offset, drawn = x - state.point, decision.normal(keys, x)
+    offset, drawn = x - state.point, estimate.directions(problem=problem, keys=keys, num=1)[:, 0]
     distance = norms.l2(offset)
-    toward = decision.unit(offset)
-    around = decision.unit(drawn - norms.expand(norms.flatten(drawn * toward).sum(axis=1), x) * toward)
+    toward = estimate.unit(offset)
+    around = estimate.unit(drawn - norms.expand(norms.flatten(drawn * toward).sum(axis=1), x) * toward)
     moved = norms.expand(state.sizes.spherical * distance, x) * around - offset
     shrink = 1.0 / jnp.sqrt(1.0 + jnp.square(state.sizes.spherical))
     spherical = decision.into_box(problem, x + norms.expand(shrink, x) * moved)
     offset = x - spherical
     length = jnp.maximum(0.0, state.sizes.source * distance + norms.l2(offset) - distance)
-    return spherical, decision.into_box(problem, spherical + norms.expand(length, x) * decision.unit(offset))
+    return spherical, decision.into_box(problem, spherical + norms.expand(length, x) * estimate.unit(offset))
 
 
 def _push(window: _Window, outcome: Array, where: Array) -> _Window:

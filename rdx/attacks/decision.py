@@ -1,4 +1,4 @@
-"""What decision-based attacks share: where they begin, the nearest of several points, unit vectors."""
+"""What decision-based attacks share: where they begin, the box, the nearest of several points."""
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,14 @@ def begin(problem: base.Problem, start: ArrayLike | None, num_queries: int) -> t
     if num_queries <= spent:
         raise ValueError(f"num_queries={num_queries}: {spent} are spent before the first step, give more.")
     if start is None:
-        return problem._replace(data=()), num_queries - spent
+        return problem, num_queries - spent
     start = jnp.asarray(start, problem.x.dtype)
     if start.shape != problem.x.shape:
         raise ValueError(f"start is {start.shape}: give one input for each of x, {problem.x.shape}.")
     return problem._replace(data=start), num_queries - spent
 
 
-def find_start(problem: base.Problem, keys: Key, found: base.Found) -> base.Found:
+def find_start(keys: Key, problem: base.Problem, found: base.Found) -> base.Found:
     """Looks for a success to begin at: the given start, or else noise, blended with `x` as far as it stays one.
 
     Of several uniform draws from the box the nearest that succeeds, `v`, is kept, and of the blends `x + t (v - x)`
@@ -49,8 +49,8 @@ def find_start(problem: base.Problem, keys: Key, found: base.Found) -> base.Foun
     all blends are evaluated at once and all count, where the code stops at the first success.
 
     Args:
-        problem: from `begin`.
         keys: one per example, shape `[B]`.
+        problem: from `begin`.
         found: what was found so far.
 
     Returns:
@@ -65,7 +65,8 @@ def find_start(problem: base.Problem, keys: Key, found: base.Found) -> base.Foun
     found = minimal.spend(problem, found, far, forwards=_NUM_DRAWS)
     share = jnp.arange(1, _NUM_BLENDS + 1, dtype=x.dtype) / _NUM_BLENDS
     blends = x + share.reshape(1, -1, *[1] * (x.ndim - 2)) * (far.x[:, None] - x)
-    return minimal.spend(problem, found, nearest(problem, blends)[0], forwards=_NUM_BLENDS)
+    near, _ = nearest(problem, into_box(problem, blends))
+    return minimal.spend(problem, found, near, forwards=_NUM_BLENDS)
 
 
 def nearest(problem: base.Problem, points: Array) -> tuple[base.Candidate, Array]:
@@ -93,23 +94,13 @@ def into_box(problem: base.Problem, points: Array) -> Array:
     return jnp.clip(points, low, high) if points.ndim == low.ndim else jnp.clip(points, low[:, None], high[:, None])
 
 
-def normal(keys: Key, like: Array) -> Array:
-    """Draws standard normal vectors, one for each of the keys `[B]`, in the shape of `like [B, ...]`."""
-    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)
-
-
-def unit(vector: Array) -> Array:
-    """Scales vectors `[B, ...]` to l2 norm 1; those of norm 0 stay."""
-    return vector / norms.expand(jnp.maximum(norms.l2(vector), jnp.finfo(vector.dtype).tiny), vector)
-
-
 def _noise(problem: base.Problem, keys: Key) -> Array:
     """Draws what to begin at, shape `[B, n, ...]`."""
     x = problem.x[:, None]
     low, high = (end[:, None] for end in minimal.limits(problem))
     shape = (_NUM_DRAWS, *problem.x.shape[1:])
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, shape, x.dtype))(base.fold(keys, 0))
-    normal = jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype))(base.fold(keys, 1))
+    uniform = base.draw(base.fold(keys, 0), jax.random.uniform, shape, x.dtype)
+    normal = base.draw(base.fold(keys, 1), jax.random.normal, shape, x.dtype)
     has_ends = jnp.isfinite(low) & jnp.isfinite(high)
     first, last = (jnp.where(has_ends, end, x) for end in (low, high))
     widths = jnp.exp2(jnp.arange(_NUM_DRAWS, dtype=x.dtype)).reshape(1, -1, *[1] * (x.ndim - 2))

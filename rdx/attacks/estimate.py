@@ -46,7 +46,7 @@ def directions(
         Shape `[B, n, ...]`.
     """
     x = problem.x
-    drawn = jax.vmap(lambda key: draw(key, (num, *x.shape[1:]), x.dtype))(keys)
+    drawn = base.draw(keys, draw, (num, *x.shape[1:]), x.dtype)
     return jnp.where((problem.ball.radius(x) > 0)[:, None], drawn, 0.0)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, decision, driver, minimal
+from rdx.attacks import base, decision, driver, estimate, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -99,11 +99,11 @@ def evolutionary(
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = decision.find_start(context.problem, keys, found)
+    found = decision.find_start(base.fold(keys, 0), context.problem, found)
     # By arithmetic, which keeps how an array is sharded.
     zeros = norms.linf(found.best.x - found.best.x)
     path = norms.expand(zeros, context.grid[None]) + jnp.zeros_like(context.grid, found.best.x.dtype)[None]
-    return _State(found.best.x, path, 1.0 + path, context.step + zeros, zeros, zeros, keys, found)
+    return _State(found.best.x, path, 1.0 + path, context.step + zeros, zeros, zeros, base.fold(keys, 1), found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
@@ -111,9 +111,9 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     mutation = _mutate(base.fold(state.keys, i), state.variance)
     offset, resized = x - state.point, jax.image.resize(mutation, x.shape, "bilinear")
     length = context.spread * norms.l2(offset)
-    moved = state.point + norms.expand(state.step, x) * offset + norms.expand(length, x) * decision.unit(resized)
+    moved = state.point + norms.expand(state.step, x) * offset + norms.expand(length, x) * estimate.unit(resized)
     radius = (1.0 - state.step) * norms.l2(offset)
-    returned = x - norms.expand(radius, x) * decision.unit(x - moved)
+    returned = x - norms.expand(radius, x) * estimate.unit(x - moved)
     seen = base.evaluate(problem, decision.into_box(problem, returned))
     path = context.decay * state.path + jnp.sqrt(1.0 - jnp.square(context.decay)) * mutation
     variance = (1.0 - context.rate) * state.variance + context.rate * jnp.square(path)
@@ -127,12 +127,13 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
 
 def _mutate(keys: Key, variance: Array) -> Array:
     """Draws mutations on elements that win a lottery: the greatest sums of log-probabilities and Gumbel noise."""
-    draw = jax.vmap(lambda key: jax.random.gumbel(key, variance.shape[1:], variance.dtype))
-    tickets = jnp.log(variance) + draw(base.fold(keys, 0))
+    shape, dtype = variance.shape[1:], variance.dtype
+    gumbel = base.draw(base.fold(keys, 0), jax.random.gumbel, shape, dtype)
+    normal = base.draw(base.fold(keys, 1), jax.random.normal, shape, dtype)
+    tickets = jnp.log(variance) + gumbel
     flat = norms.flatten(tickets)
     last = jax.lax.top_k(flat, max(1, flat.shape[1] // 20))[0][:, -1]
-    drawn = jnp.sqrt(variance) * decision.normal(base.fold(keys, 1), variance)
-    return jnp.where(tickets >= norms.expand(last, tickets), drawn, 0.0)
+    return jnp.where(tickets >= norms.expand(last, tickets), jnp.sqrt(variance) * normal, 0.0)
 
 
 def _adapt(state: _State, success: Array) -> tuple[Array, Array, Array]:

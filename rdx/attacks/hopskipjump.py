@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, decision, driver, minimal
+from rdx.attacks import base, decision, driver, estimate, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -116,11 +116,11 @@ def _plan(budget: int, num_halvings: int, num_samples: int, at_once: int) -> tup
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
-    found = decision.find_start(context.problem, keys, found)
+    found = decision.find_start(base.fold(keys, 0), context.problem, found)
     far = found.best.x
     # By arithmetic, which keeps how an array is sharded.
     zeros = norms.linf(far - far)
-    return _State(far, zeros, zeros + 1.0, far - far, far - far, zeros, zeros, keys, found)
+    return _State(far, zeros, zeros + 1.0, far - far, far - far, zeros, zeros, base.fold(keys, 1), found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
@@ -140,8 +140,9 @@ def _sample(context: _Context, state: _State, i: Array) -> _State:
     problem, point = context.problem, _between(context.problem, state.far, state.high)
     is_first, distance = context.iterations[i] == 1, problem.ball.distance(point, problem.x)
     radius = norms.expand(jnp.where(is_first, context.first_radius, context.share * distance), point)
-    drawn = _directions(context, base.fold(state.keys, i))
-    points = decision.into_box(problem, point[:, None] + radius[:, None] * drawn)
+    draw, keys = _cube if problem.ball.norm == "linf" else jax.random.normal, base.fold(state.keys, i)
+    drawn = estimate.directions(problem=problem, keys=keys, num=len(context.samples), draw=draw)
+    points = decision.into_box(problem, point[:, None] + radius[:, None] * estimate.unit(drawn, axis=2))
     nearest, success = decision.nearest(problem, points)
     # The box may have bent the directions.
     directions, decisions = points - point[:, None], jnp.where(success, 1.0, -1.0).astype(point.dtype)
@@ -183,19 +184,8 @@ def _between(problem: base.Problem, far: Array, share: Array) -> Array:
     return decision.into_box(problem, x + share * delta)
 
 
-def _directions(context: _Context, keys: Key) -> Array:
-    """Draws unit vectors, shape `[B, n, ...]`."""
-    x = context.problem.x
-    shape = (len(context.samples), *x.shape[1:])
-
-    def draw(key: Key) -> Array:
-        if context.problem.ball.norm == "linf":
-            drawn = jax.random.uniform(key, shape, x.dtype, -1.0, 1.0)
-        else:
-            drawn = jax.random.normal(key, shape, x.dtype)
-        return decision.unit(drawn)
-
-    return jax.vmap(draw)(keys)
+def _cube(key: Key, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
 
 
 _METHOD = driver.Method(_start, _step, done=minimal.is_within)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, decision, driver, minimal
+from rdx.attacks import base, decision, driver, estimate, minimal
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -122,14 +122,14 @@ def opt(
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
     problem = context.problem
-    found = decision.find_start(problem, keys, found)
-    direction, length = decision.unit(found.best.x - problem.x), problem.ball.distance(found.best.x, problem.x)
+    found = decision.find_start(base.fold(keys, 0), problem, found)
+    direction, length = estimate.unit(found.best.x - problem.x), problem.ball.distance(found.best.x, problem.x)
     # By arithmetic, which keeps how an array is sharded.
     none = 0 * found.forwards
     trial = _Measurement(direction, _PROBE + none, length, length, length)
     return _State(
         direction, length, _EXPLORE + none, none, trial, direction, 0.0 * direction, direction, length, length,
-        context.step_size + 0.0 * length, context.beta + 0.0 * length, keys, found,
+        context.step_size + 0.0 * length, context.beta + 0.0 * length, base.fold(keys, 1), found,
     )
 
 
@@ -204,12 +204,12 @@ def _conclude(context: _Context, state: _State, value: Array) -> _State:
 
 def _launch(problem: base.Problem, state: _State, keys: Key) -> _State:
     """Begins to measure the next direction."""
-    offset = decision.unit(decision.normal(keys, problem.x))
+    offset = estimate.unit(estimate.directions(problem=problem, keys=keys, num=1)[:, 0])
     near = state.direction + norms.expand(state.beta, offset) * offset
     down = state.direction - norms.expand(state.step_size, offset) * state.gradient
     direction = base.choose(state.mode == _EXPLORE, offset, base.choose(state.mode == _ESTIMATE, near, down))
     guess = jnp.where(state.mode == _ESTIMATE, state.length, state.line_length)
-    trial = _Measurement(decision.unit(direction), jnp.full_like(state.mode, _PROBE), guess, guess, guess)
+    trial = _Measurement(estimate.unit(direction), jnp.full_like(state.mode, _PROBE), guess, guess, guess)
     return state._replace(trial=trial, offset=offset)
 
 
