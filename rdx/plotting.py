@@ -122,15 +122,15 @@ def _accuracy(
     is_logarithmic: bool,
 ) -> None:
     groups = groups or dict.fromkeys(series, "")
-    kinds = list(dict.fromkeys(groups[name] for name in series))
+    kinds = list(dict.fromkeys(groups.values()))
     figure = _figure(8.4, max(4.2, 0.19 * len(series) + 1.6))
     axis = figure.subplots()
     # The legend lists the attacks in the order of their curves, the weakest on top.
     ordered = sorted(series, key=lambda name: -float(np.mean(np.asarray(series[name][1]))))
     for name in ordered:
         style = _LINES[kinds.index(groups[name]) % len(_LINES)]
-        # Counted among its kind, so that no two of one line style share a colour.
-        place = [other for other in series if groups[other] == groups[name]].index(name)
+        # Counted among its kind, so that no two of one line style share a colour, in whichever picture.
+        place = [other for other in groups if groups[other] == groups[name]].index(name)
         colour = _COLOURS[place % len(_COLOURS)]
         label = f"{name} ({groups[name]})" if groups[name] else name
         axis.plot(*series[name], drawstyle="steps-post", linestyle=style, linewidth=1.5, color=colour, label=label)
