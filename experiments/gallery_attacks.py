@@ -120,7 +120,7 @@ def _coordinates(config: Config) -> dict[str, Any]:
 
 
 def _diverse(substitute: LogitsFn) -> LogitsFn:
-    return diverse_inputs(substitute, jax.random.key(0))
+    return diverse_inputs(jax.random.key(0), substitute)
 
 
 def _invariant(substitute: LogitsFn) -> LogitsFn:

@@ -20,11 +20,13 @@ BY_PLACE = {
     "rdx.attacks.base.example_keys": {"index"},  # as natural as the inputs that it numbers
     "rdx.attacks.base.report": {"trace"},  # there or not, as the driver returns it
     "rdx.attacks.base.report_nearest": {"trace"},
+    "rdx.attacks.transfer.smoothing_kernel": {"kind", "size"},  # what kernels are called by
     "rdx.balls.Ball.contains": {"tolerance"},
     "rdx.balls.check_labels": {"num_classes"},
     "rdx.data.loader.data_mesh": {"num_devices"},
     "rdx.data.loader.evaluation_batches": {"mesh"},
     "rdx.evaluate.records.summarize": {"attacks"},
+    "rdx.goals.expected": {"reduction"},
     "rdx.goals.misclassify": {"loss"},  # a goal is made of its loss
     "rdx.goals.target": {"loss"},
     "rdx.metrics.rate": {"mask"},
@@ -32,7 +34,8 @@ BY_PLACE = {
     "rdx.models.onnx_node.Node.get": {"default"},  # as of a dict
     **{f"rdx.models.cnn.{name}": {"num_classes"} for name in ("a5_classifier", "bench_cnn", "digits_cnn", "small_cnn")},
 }
-KEYS_LATER = {"rdx.attacks.driver.run"}  # the driver: first the functions that it drives
+# The driver, and functions of its kind: first what they run, then keys.
+KEYS_LATER = {"rdx.attacks.apgd.start", "rdx.attacks.driver.run"}
 SEEDED = {"rdx.data.sampler.Sampler"}  # numbers a permutation on the host, draws nothing with jax
 
 
@@ -132,7 +135,7 @@ def test_forbidden_names():
 def test_files_of_techniques_cite_their_source():
     supports = {
         "base", "certify", "chunks", "composites", "cost", "details", "driver", "graph", "interval", "linear",
-        "propagation", "relaxations", "resumption", "rewrites", "tracing", "__init__",
+        "minimal", "propagation", "relaxations", "resumption", "rewrites", "tracing", "__init__",
     }
     for room in ("attacks", "bounds", "robustify"):
         for path in sorted((ROOT / room).glob("*.py")):

@@ -3,7 +3,7 @@
 Everything here turns a model into another model, so that every attack works on it unchanged:
 
     attacks.apgd(key, lambda x: net(straight_through(quantise)(x)), x, labels, ball=ball)
-    attacks.apgd(key, eot(random_fn, draws_key, 20), x, labels, ball=ball, goal=goals.expected(goals.misclassify()))
+    attacks.apgd(key, eot(draws_key, random_fn, 20), x, labels, ball=ball, goal=goals.expected(goals.misclassify()))
 
 Build such a function once and keep it: compilations are cached per function.
 """
@@ -140,7 +140,7 @@ def point_keys(key: Key, x: Array) -> Key:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes)
 
 
-def eot(random_fn: RandomLogitsFn, key: Key, num_samples: int, *, num_chunks: int = 1) -> Partial:
+def eot(key: Key, random_fn: RandomLogitsFn, num_samples: int, *, num_chunks: int = 1) -> Partial:
     """Makes a random model a pure function that answers with several draws: expectation over transformation.
 
     With `goals.expected(goal)` the gradient of an attack is that of the mean loss, `mean_s grad loss(f(r_s, x))`. The
@@ -197,8 +197,8 @@ class EotReport(NamedTuple):
 
 
 def eot_report(
-    random_fn: RandomLogitsFn, key: Key, x: Array, labels: Array, goal: Goal | None = None,
-    num_samples: tuple[int, ...] = (1, 2, 4, 8, 16, 32), *, index: ArrayLike | None = None,
+    key: Key, random_fn: RandomLogitsFn, x: Array, labels: Array, *, goal: Goal | None = None,
+    num_samples: tuple[int, ...] = (1, 2, 4, 8, 16, 32), index: ArrayLike | None = None,
 ) -> EotReport:
     """Reports how the gradient of the expected loss converges with the number of draws.
 
@@ -206,8 +206,8 @@ def eot_report(
     not `1 / sqrt(2)`.
 
     Args:
-        random_fn: `(keys [B], x [B, ...]) -> logits [B, K]`.
         key: one key.
+        random_fn: `(keys [B], x [B, ...]) -> logits [B, K]`.
         x: where the gradients are taken, shape `[B, ...]`.
         labels: shape `[B]`, int.
         goal: whose loss is differentiated, for a single draw; `goals.misclassify()` by default.
@@ -250,7 +250,7 @@ def _cosine(a: Array, b: Array) -> Array:
 
 
 def stochastic_success(
-    key: Key, random_fn: RandomLogitsFn, x_adv: Array, labels: Array, goal: Goal | None = None, *, num_draws: int,
+    key: Key, random_fn: RandomLogitsFn, x_adv: Array, labels: Array, *, num_draws: int, goal: Goal | None = None,
     index: ArrayLike | None = None,
 ) -> Array:
     """Judges inputs against a random model: the share of fresh draws on which the goal is reached.

@@ -145,7 +145,7 @@ def autoattack_rand(
         ValueError: on unusable inputs or options, or NaN logits.
     """
     draws_key, attack_key, judge_key = jax.random.split(key, 3)
-    logits_fn = adaptive.eot(random_fn, draws_key, num_samples)
+    logits_fn = adaptive.eot(draws_key, random_fn, num_samples)
     climbed = {"apgd-ce": losses.cross_entropy, "apgd-dlr": losses.dlr}
     attacks = {
         name: partial(_stopping, attack=apgd, num_steps=num_steps, goal=goals.expected(goals.misclassify(loss)))
@@ -154,7 +154,7 @@ def autoattack_rand(
     goal = goals.expected(goals.misclassify())
     found = cascade(attack_key, attacks, logits_fn, x, labels, ball=ball, goal=goal, index=index, loop=loop).result
     rate = adaptive.stochastic_success(
-        judge_key, random_fn, found.x_adv, jnp.asarray(labels), goals.misclassify(), num_draws=num_draws, index=index
+        judge_key, random_fn, found.x_adv, jnp.asarray(labels), num_draws=num_draws, index=index
     )
     return found._replace(
         success=rate > 0.5, forwards=num_samples * found.forwards + num_draws, gradients=num_samples * found.gradients

@@ -2,7 +2,7 @@
 
 The wrappers turn the substitute into another model and compose with every attack:
 
-    transfer(partial(pgd, num_steps=20), translation_invariant(diverse_inputs(net, key), smoothing_kernel()))
+    transfer(partial(pgd, num_steps=20), translation_invariant(diverse_inputs(key, net), smoothing_kernel()))
 """
 
 import inspect
@@ -73,7 +73,7 @@ def _transfer(
 
 
 def diverse_inputs(
-    logits_fn: LogitsFn, key: Key, *, resize_rate: ArrayLike = 0.9, probability: ArrayLike = 0.5,
+    key: Key, logits_fn: LogitsFn, *, resize_rate: ArrayLike = 0.9, probability: ArrayLike = 0.5,
 ) -> Partial:
     """Shows a model its images shrunk and shifted at random: `f(T(x; p))`.
 
@@ -86,8 +86,8 @@ def diverse_inputs(
     in most ports.
 
     Args:
-        logits_fn: `x [B, H, W, C] -> logits [B, K]`.
         key: one key.
+        logits_fn: `x [B, H, W, C] -> logits [B, K]`.
         resize_rate: least size relative to the image's.
         probability: of changing an image.
 

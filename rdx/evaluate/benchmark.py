@@ -131,8 +131,8 @@ def evaluate(
     store.clear()
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
-        attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
-        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), diagnosis=diagnosis, **found,
+        attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted, diagnosis=diagnosis,
+        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
     )
     check(result)
     return result

@@ -216,12 +216,12 @@ def randomness(key: Key, random_fn: Partial, x: Array, labels: Array, goal: Goal
     Returns:
         The check "randomness"; a model that is as random as it is said to be is warned of.
     """
-    draws = np.asarray(call(adaptive.eot(random_fn, key, _NUM_PASSES), x))
+    draws = np.asarray(call(adaptive.eot(key, random_fn, _NUM_PASSES), x))
     spread = float(np.abs(draws - draws[:, :1]).max() / (np.abs(draws).max() + np.finfo(draws.dtype).tiny))
     answers = draws.argmax(axis=2)
     unsteady = float((answers != answers[:, :1]).any(axis=1).mean())
     numbers = (1, 2, 4, 8, _NUM_DRAWS)
-    report = adaptive.eot_report(random_fn, key, x, labels, goal, numbers)
+    report = adaptive.eot_report(key, random_fn, x, labels, goal=goal, num_samples=numbers)
     cosine = np.median(np.asarray(report.cosine), axis=1)
     enough = next((n for n, value in zip(numbers, cosine, strict=True) if value > 0.95), 0)
     wanted = f"num_samples={enough}" if enough else f"num_samples above {_NUM_DRAWS}"

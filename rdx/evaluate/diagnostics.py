@@ -124,7 +124,7 @@ def _random(key: Key, random_fn: Partial, x: Array, labels: Array, ball: Ball, n
     It takes one draw at each point and stops where that is wrong, as suites of attacks do.
     """
     draw_key, attack_key, judge_key = jax.random.split(key, 3)
-    single = Partial(_first, adaptive.eot(random_fn, draw_key, 1))
+    single = Partial(_first, adaptive.eot(draw_key, random_fn, 1))
     found = apgd(attack_key, single, x, labels, ball=ball, num_steps=num_steps, loop=Loop(stop=True))
     rate = adaptive.stochastic_success(judge_key, random_fn, found.x_adv, labels, num_draws=_NUM_DRAWS)
     luck = float((np.asarray(found.success) & (np.asarray(rate) <= 0.5)).mean())

@@ -116,7 +116,7 @@ def test_hashes_of_close_points_are_spread_evenly():
 def test_eot_answers_with_draws_and_its_gradient_is_their_mean(num_chunks):
     x, labels = _batch()
     random_fn = Partial(_noisy, _net(), jnp.float32(0.7))
-    fn = adaptive.eot(random_fn, KEY, 6, num_chunks=num_chunks)
+    fn = adaptive.eot(KEY, random_fn, 6, num_chunks=num_chunks)
     output = fn(x)
     assert output.shape == (5, 6, 3)
     by_hand = jnp.stack([
@@ -138,12 +138,12 @@ def test_eot_answers_with_draws_and_its_gradient_is_their_mean(num_chunks):
 def test_wrong_numbers_of_draws():
     for num_samples, num_chunks in ((0, 1), (5, 2)):
         with pytest.raises(ValueError, match="multiple"):
-            adaptive.eot(Partial(_noisy, _net(), 1.0), KEY, num_samples, num_chunks=num_chunks)
+            adaptive.eot(KEY, Partial(_noisy, _net(), 1.0), num_samples, num_chunks=num_chunks)
     x, labels = _batch()
     with pytest.raises(ValueError, match="at least 1"):
         adaptive.stochastic_success(KEY, Partial(_noisy, _net(), 1.0), x, labels, num_draws=0)
     with pytest.raises(ValueError, match="increasing"):
-        adaptive.eot_report(Partial(_noisy, _net(), 1.0), KEY, x, labels, num_samples=(2, 2))
+        adaptive.eot_report(KEY, Partial(_noisy, _net(), 1.0), x, labels, num_samples=(2, 2))
 
 
 def test_expected_goals_count_answers():
@@ -162,7 +162,7 @@ def test_expected_goals_count_answers():
 @pytest.mark.parametrize("attack", [partial(attacks.pgd, num_steps=5), partial(attacks.apgd, num_steps=5)])
 def test_attacks_work_unchanged_on_draws(attack):
     x, labels = _batch(9)
-    fn, goal = adaptive.eot(Partial(_noisy, _net(), jnp.float32(0.3)), KEY, 4), goals.expected(goals.misclassify())
+    fn, goal = adaptive.eot(KEY, Partial(_noisy, _net(), jnp.float32(0.3)), 4), goals.expected(goals.misclassify())
 
     def run(x, labels, index):
         return attack(KEY, fn, x, labels, ball=Ball("linf", 0.1), goal=goal, index=index)
@@ -190,7 +190,7 @@ def test_the_report_knows_how_many_draws_a_gradient_needs():
 
     x, labels = jax.random.uniform(KEY, (8, size)), jnp.zeros(8, int)
     goal = goals.misclassify(losses.margin)
-    report = adaptive.eot_report(random_fn, KEY, x, labels, goal, (1, 2, 4, 8))
+    report = adaptive.eot_report(KEY, random_fn, x, labels, goal=goal, num_samples=(1, 2, 4, 8))
     n = np.array([1.0, 2.0, 4.0, 8.0])
     exact = 1.0 / np.sqrt((1.0 + scale**2 / n) * (1.0 + scale**2 / (2.0 * n)))
     # In 400 dimensions the angle between means scatters by some hundredths.
@@ -198,8 +198,8 @@ def test_the_report_knows_how_many_draws_a_gradient_needs():
     assert exact[2] < 0.95 < exact[3]
     assert (np.abs(np.log2(report.sufficient) - 2.5) < 1.0).all()
     noise_only = adaptive.eot_report(
-        lambda keys, x: random_fn(keys, x) - jnp.stack([jnp.zeros(len(x)), x @ direction], axis=1),
-        KEY, x, labels, goal, (1, 2),
+        KEY, lambda keys, x: random_fn(keys, x) - jnp.stack([jnp.zeros(len(x)), x @ direction], axis=1), x, labels,
+        goal=goal, num_samples=(1, 2),
     )
     assert (jnp.abs(noise_only.cosine) < 0.25).all()
     assert (noise_only.sufficient == 0).all()
@@ -212,11 +212,11 @@ def test_success_is_judged_on_fresh_draws():
         return jnp.stack([x[:, 0], draw], axis=1)
 
     x, labels = jnp.array([[-5.0], [0.0], [1.0], [6.0]]), jnp.zeros(4, int)
-    rate = adaptive.stochastic_success(KEY, random_fn, x, labels, goals.misclassify(), num_draws=2000)
+    rate = adaptive.stochastic_success(KEY, random_fn, x, labels, num_draws=2000)
     # Four standard errors.
     np.testing.assert_allclose(rate, [1.0, 0.5, 0.1587, 0.0], atol=4 * 0.5 / np.sqrt(2000))
     alone = adaptive.stochastic_success(
-        KEY, random_fn, x[2:3], labels[2:3], goals.misclassify(), num_draws=2000, index=jnp.array([2])
+        KEY, random_fn, x[2:3], labels[2:3], num_draws=2000, index=jnp.array([2])
     )
     np.testing.assert_array_equal(alone[0], rate[2])
 

@@ -70,7 +70,7 @@ def test_deterministic_attacks_ensembles_targets_and_jit():
 
 def test_diverse_inputs_shrink_and_shift_each_image():
     x = 0.5 + 0.5 * jax.random.uniform(KEY, (200, 10, 10, 1))
-    shown = diverse_inputs(lambda x: x, KEY, resize_rate=0.7, probability=0.5)(x)
+    shown = diverse_inputs(KEY, lambda x: x, resize_rate=0.7, probability=0.5)(x)
     is_lit = np.asarray(shown[..., 0] > 0)
     rows, columns = is_lit.any(axis=2).sum(axis=1), is_lit.any(axis=1).sum(axis=1)
     np.testing.assert_array_equal(rows, columns)  # squares stay square
@@ -83,20 +83,20 @@ def test_diverse_inputs_shrink_and_shift_each_image():
     assert 0.625 - 0.14 < unchanged.mean() < 0.625 + 0.14  # four standard errors
     # Bilinear interpolation of a plane is the plane.
     ramp = jnp.broadcast_to(jnp.arange(1.0, 11.0)[None, :, None, None], (50, 10, 10, 1))
-    image = np.asarray(diverse_inputs(lambda x: x, KEY, resize_rate=0.5, probability=1.0)(ramp))[0, :, :, 0]
+    image = np.asarray(diverse_inputs(KEY, lambda x: x, resize_rate=0.5, probability=1.0)(ramp))[0, :, :, 0]
     lit = image[image.any(axis=1)][:, image.any(axis=0)][1:-1]
     np.testing.assert_allclose(np.diff(lit[:, 0]), 10.0 / len(image[image.any(axis=1)]), rtol=1e-4)
-    alone = diverse_inputs(lambda x: x, KEY, resize_rate=0.7, probability=0.5)(x[3:4])
+    alone = diverse_inputs(KEY, lambda x: x, resize_rate=0.7, probability=0.5)(x[3:4])
     np.testing.assert_allclose(alone[0], shown[3], atol=1e-6)
 
 
 def test_fresh_draws_at_every_step_and_their_gradient():
     x, labels = _batch(4)
-    fn = diverse_inputs(_net(1), KEY, probability=1.0, resize_rate=0.5)
+    fn = diverse_inputs(KEY, _net(1), probability=1.0, resize_rate=0.5)
     gradient = jax.grad(lambda x: losses.cross_entropy(fn(x), labels).sum())
     assert jnp.isfinite(gradient(x)).all()
     assert (jnp.abs(fn(x + 1e-6) - fn(x)) > 1e-3).any()
-    none = diverse_inputs(_net(1), KEY, probability=0.0)
+    none = diverse_inputs(KEY, _net(1), probability=0.0)
     np.testing.assert_array_equal(none(x), _net(1)(x))
 
 
@@ -129,7 +129,7 @@ def test_smoothed_gradients_are_the_convolution():
 
 def test_the_wrappers_compose_with_an_attack_under_jit():
     x, labels = _batch()
-    source = translation_invariant(diverse_inputs(_net(8), KEY), smoothing_kernel(size=3))
+    source = translation_invariant(diverse_inputs(KEY, _net(8)), smoothing_kernel(size=3))
     run = lambda x: transfer(PGD, source)(KEY, _net(1), x, labels, ball=BALL)
     for found in (run(x), jax.jit(run)(x)):
         assert BALL.contains(found.x_adv, x).all()

@@ -158,8 +158,10 @@ def test_too_high_bounds_are_contradicted_by_a_real_attack():
     x, labels = _data(_mlp, 4)
     right = np.asarray(_model(_mlp, 4)(x).argmax(axis=1)) == labels
     with pytest.raises(ContradictionError, match="certified and broken by an attack"):
-        evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, is_diagnosed=False, attacks={"pgd": PGD},
-                 method=_optimist)
+        evaluate(
+            jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL,
+            is_diagnosed=False, attacks={"pgd": PGD}, method=_optimist,
+        )
 
 
 def test_too_high_bounds_are_contradicted_by_a_wrong_prediction():
@@ -171,8 +173,10 @@ def test_without_the_cross_check_and_wrong_labels_the_broken_certifier_would_pas
     # The two tests above can fail: neither attack nor prediction speaks here.
     x, labels = _data(_mlp, 4)
     right = np.asarray(_model(_mlp, 4)(x).argmax(axis=1)) == labels
-    result = evaluate(jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL, is_diagnosed=False, attacks={"pgd": PGD},
-                      method=_optimist, cross_check=0)
+    result = evaluate(
+        jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL,
+        is_diagnosed=False, attacks={"pgd": PGD}, method=_optimist, cross_check=0,
+    )
     assert result.certified.all()
     assert not result.attacked.any()
 
@@ -220,7 +224,7 @@ def test_sizes_of_the_subset_and_the_cross_check():
     certified_only = _run(attack_set={})
     assert not certified_only.attacked.any()
     np.testing.assert_array_equal(certified_only.adversarial_prediction, certified_only.prediction)
-    assert all(getattr(nothing, name).shape == (N,) for name in Evaluation.__dataclass_fields__)
+    assert all(getattr(nothing, name).shape == (N,) for name in Evaluation.__dataclass_fields__ if name != "diagnosis")
 
 
 @pytest.mark.parametrize(("what", "message"), [
@@ -239,8 +243,10 @@ def test_bad_inputs_are_refused_before_any_work(what, message):
         raise AssertionError("work began")
 
     with pytest.raises(ValueError, match=message):
-        evaluate(jax.random.key(0), _model(_mlp, 4), x, labels, ball=ball, is_diagnosed=False, attacks={"pgd": PGD}, batch_size=8,
-                 method=never, on_progress=never)
+        evaluate(
+            jax.random.key(0), _model(_mlp, 4), x, labels, ball=ball,
+            is_diagnosed=False, attacks={"pgd": PGD}, batch_size=8, method=never, on_progress=never,
+        )
 
 
 def test_nan_logits_are_wrong_and_never_certified():
@@ -252,8 +258,10 @@ def test_nan_logits_are_wrong_and_never_certified():
 
     x, labels = _data(_mlp, 4)
     bad = np.asarray(x[:, 0, 0, 0] > 0.6)
-    result = evaluate(jax.random.key(0), model, x, labels, ball=BALL, is_diagnosed=False, attacks={"spy": Spy()}, batch_size=16,
-                      method=bounds.ibp)
+    result = evaluate(
+        jax.random.key(0), model, x, labels, ball=BALL,
+        is_diagnosed=False, attacks={"spy": Spy()}, batch_size=16, method=bounds.ibp,
+    )
     assert 3 < bad.sum() < N - 3
     np.testing.assert_array_equal(result.prediction[bad], -1)
     assert result.broken[bad].all()

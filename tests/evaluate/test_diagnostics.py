@@ -133,7 +133,7 @@ def _resized(net, keys, x):
 
 
 def _one_draw(random_fn, x):
-    return adaptive.eot(random_fn, KEY, 1)(x)[:, 0]
+    return adaptive.eot(KEY, random_fn, 1)(x)[:, 0]
 
 
 @pytest.mark.parametrize("wrapper", [_noisy, _resized])
@@ -157,7 +157,7 @@ def test_random_defences_are_named_and_expectation_breaks_them(wrapper):
     assert diagnosis["randomness"].status == "warn"
     assert "num_samples" in diagnosis["randomness"].try_next
     goal = goals.expected(goals.misclassify(losses.margin))
-    found = APGD(KEY, adaptive.eot(random_fn, KEY, 8), x, labels, ball=BALL, goal=goal)
+    found = APGD(KEY, adaptive.eot(KEY, random_fn, 8), x, labels, ball=BALL, goal=goal)
     assert accuracy(found.x_adv) <= _undefended() + 0.02
 
 

@@ -69,7 +69,8 @@ def test_what_is_written_is_read(tmp_path):
     result = _result()
     records.write(tmp_path / "new" / "folder", "cell", _record(summary=records.summarize(result)), result)
     record, again = records.read(tmp_path / "new" / "folder", "cell")
-    for field in dataclasses.fields(Evaluation):
+    assert again.diagnosis is None
+    for field in dataclasses.fields(Evaluation)[:-1]:  # without the diagnosis
         written, found = getattr(result, field.name), getattr(again, field.name)
         np.testing.assert_array_equal(found, written)
         assert found.dtype == written.dtype
