@@ -105,8 +105,8 @@ def fab_targeted(
 
     The targets are the likeliest wrong classes of the clean input; any misclassification is a success.
 
-    Source: Croce & Hein (2020, arXiv:1907.02044; for the targets 2020, arXiv:2003.01690). Differences: those of `fab`; the
-    number of targets never exceeds that of wrong classes, where the released code fails.
+    Source: Croce & Hein (2020, arXiv:1907.02044; for the targets 2020, arXiv:2003.01690). Differences: those of `fab`;
+    the number of targets never exceeds that of wrong classes, where the released code fails.
 
     Args:
         key: one key; example `i` uses it folded with `index[i]`, restart `r` folds that with `r`.
