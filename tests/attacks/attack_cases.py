@@ -57,7 +57,7 @@ CASES = {
     "prgf": Case(partial(attacks.prgf, num_steps=8, num_samples=20, sigma=1e-3), rtol=1e-2),
     "genattack": Case(partial(attacks.genattack, num_steps=20, population_size=6)),
     "zoo": Case(
-        partial(attacks.zoo, num_steps=15, num_searches=2, num_coordinates=18, initial_c=1.0), ("l2",), rtol=1e-2,
+        partial(attacks.zoo, num_steps=30, num_searches=2, num_coordinates=9, initial_c=1.0), ("l2",), rtol=1e-2,
     ),
     "boundary": Case(partial(attacks.boundary, num_queries=400, spherical_step=0.1, source_step=0.03), ("l2",)),
     "evolutionary": Case(partial(attacks.evolutionary, num_queries=400), ("l2",)),
