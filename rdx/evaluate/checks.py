@@ -250,13 +250,13 @@ def _total(loss: Partial, logits_fn: Partial, x: Array, labels: Array) -> Array:
 def _compare(logits_fn: Partial, points: Array, labels: Array, steps: Array) -> Array:
     """Computes how far the margin's derivatives and differences along steps `[M, B, ...]` disagree, shape `[B]`."""
     slope = gradient(Partial(losses.margin), logits_fn, points, labels)
-
-    def rise(step: Array) -> Array:
-        ahead, behind = (losses.margin(logits_fn(point), labels) for point in (points + step, points - step))
-        return ahead - behind
-
     expected = 2.0 * (steps * slope[None]).reshape(*steps.shape[:2], -1).sum(axis=2).T
-    seen = jax.vmap(rise)(steps).T
+    # One large batch, not vmap: functions outside of JAX may not know how to be mapped.
+    ahead, behind = (
+        losses.margin(logits_fn((points[None] + way).reshape(-1, *points.shape[1:])), jnp.tile(labels, len(steps)))
+        for way in (steps, -steps)
+    )
+    seen = (ahead - behind).reshape(steps.shape[:2]).T
     scale = jnp.maximum(norms.l2(expected), norms.l2(seen))
     return norms.l2(seen - expected) / jnp.where(scale == 0, 1.0, scale)
 
