@@ -1,5 +1,6 @@
 """Strict settings for every test: 8 virtual devices, no silent broadcasting or promotion, a persistent cache."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+# Linux allows a process 65,530 memory maps, every compiled program takes some, and beyond XLA crashes.
+_MOST_MAPS = 40_000
+
+
+def pytest_runtest_teardown(item):
+    """Forgets compiled programs before there are too many of them for one process."""
+    del item
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
