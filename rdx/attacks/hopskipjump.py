@@ -85,10 +85,12 @@ def hopskipjump(
         passes, less than a round of 25 below it.
 
     Raises:
-        ValueError: on l1, too small a budget, a start that does not fit, unusable inputs, or NaN logits.
+        ValueError: on l1, too small a budget, no samples, a start that does not fit, unusable inputs, or NaN logits.
     """
     if ball.norm == "l1":
         raise ValueError("hopskipjump minimises the l2 or linf norm, not l1.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: give at least 1.")
     problem, clean = base.begin(logits_fn, x, labels, ball, goal or goals.misclassify(losses.margin))
     problem, budget = decision.begin(problem, start, num_queries)
     size, precision = math.prod(problem.x.shape[1:]), float(jnp.finfo(problem.x.dtype).eps)
