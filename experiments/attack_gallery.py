@@ -118,7 +118,7 @@ def _follow(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
 
 def _search(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
     settings = dataclasses.replace(run.config, num_steps=run.config.search_steps)
-    attack = bind(case.entry, settings, _substitute(run, case))
+    attack = bind(case.entry, settings, _substitute(run, case), trace=False)
     return curves.minimal_eps(
         _key(run, case.name), _net(run, net), attack=attack, ball=Ball(case.norm, case.eps / 2),
         num_bisections=run.config.num_bisections, grid=gallery_report.grid(case.eps), **common,

@@ -177,17 +177,20 @@ def cases(config: Config) -> Iterator[Case]:
                 yield Case(entry, norm, eps)
 
 
-def bind(entry: Entry, config: Config, substitute: LogitsFn | None = None) -> Callable[..., AttackResult]:
+def bind(
+    entry: Entry, config: Config, substitute: LogitsFn | None = None, *, trace: bool = True
+) -> Callable[..., AttackResult]:
     """Binds an attack's settings.
 
     Args:
         entry: the attack.
         config: the preset.
         substitute: the net that `entry.needs_substitute` asks for.
+        trace: whether the result tells the course of the attack; never where another model is fooled on the way or
+            several attacks take part, there only the end counts.
 
     Returns:
-        An attack for `evaluate.curves`; with a trace, except where another model is fooled on the way or several
-        attacks take part: there only the end counts.
+        An attack for `evaluate.curves`.
 
     Raises:
         ValueError: if there is no substitute where one is needed.
@@ -200,7 +203,7 @@ def bind(entry: Entry, config: Config, substitute: LogitsFn | None = None) -> Ca
     if "loop" in inspect.signature(attack).parameters and entry.kind not in (TRANSFER, SUITE):
         # Budgets are those of the paper: nobody begins a step beyond it.
         budget = config.num_queries if entry.kind in (SCORE, DECISION) else None
-        options["loop"] = Loop(trace=True, max_queries=budget)
+        options["loop"] = Loop(trace=trace, max_queries=budget)
     bound = functools.partial(attack, **options)
     if entry.kind == TRANSFER and substitute is not None:
         return transfer(shared.keyed(bound), entry.substitute(substitute))
