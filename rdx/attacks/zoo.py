@@ -1,5 +1,6 @@
 """Zeroth order optimisation, ZOO-ADAM (Chen et al. 2017, arXiv:1708.03999)."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def zoo(
     goal = goals.misclassify(losses.margin) if goal is None else goal
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     numbers = (jnp.asarray(value, problem.x.dtype) for value in (initial_c, confidence, step_size, difference))
-    coordinates = jnp.arange(min(num_coordinates, problem.x[0].size))
+    coordinates = jnp.arange(min(num_coordinates, math.prod(problem.x.shape[1:])))
     clean = found.best
     found, trace = driver.run(
         _METHOD, _Context(problem, coordinates, jnp.asarray(num_steps, jnp.int32), *numbers),

@@ -60,7 +60,7 @@ CASES = {
         partial(attacks.zoo, num_steps=30, num_searches=2, num_coordinates=9, initial_c=1.0), ("l2",), rtol=1e-2,
     ),
     "boundary": Case(partial(attacks.boundary, num_queries=400, spherical_step=0.1, source_step=0.03), ("l2",)),
-    "evolutionary": Case(partial(attacks.evolutionary, num_queries=400), ("l2",)),
+    "evolutionary": Case(partial(attacks.evolutionary, num_queries=400), ("l2",), rtol=1e-3),
     "hopskipjump": Case(partial(attacks.hopskipjump, num_queries=400), ("l2", "linf")),
     "opt": Case(partial(attacks.opt, num_queries=400, num_directions=20), ("l2",)),
 }
