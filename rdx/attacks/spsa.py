@@ -1,5 +1,6 @@
 """Simultaneous perturbation stochastic approximation (Uesato et al. 2018, arXiv:1802.05666)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ def spsa(
     estimate.check_even(num_samples)
     goal = goals.misclassify(losses.margin) if goal is None else goal
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
-    size = problem.x[0].size
+    size = math.prod(problem.x.shape[1:])
     shrinkage = {"linf": 1.0, "l2": size**-0.5, "l1": 1.0 / size}[ball.norm]
     length = 0.3 * jnp.asarray(problem.ball.eps) if step_size is None else step_size
     problem = problem._replace(data=shrinkage * base.per_example(length, problem.x))

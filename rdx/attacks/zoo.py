@@ -1,5 +1,6 @@
 """Zeroth order optimisation, ZOO-ADAM (Chen et al. 2017, arXiv:1708.03999)."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def zoo(
     goal = goals.misclassify(losses.margin) if goal is None else goal
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     numbers = (jnp.asarray(value, problem.x.dtype) for value in (initial_c, confidence, step_size, difference))
-    coordinates = jnp.arange(min(num_coordinates, problem.x[0].size))
+    coordinates = jnp.arange(min(num_coordinates, math.prod(problem.x.shape[1:])))
     clean = found.best
     found, trace = driver.run(
         _METHOD, _Context(problem, coordinates, jnp.asarray(num_steps, jnp.int32), *numbers),
@@ -148,7 +149,9 @@ def _choose(context: _Context, keys: Key) -> Array:
     x = norms.flatten(context.problem.x)
     is_free = norms.flatten(context.problem.ball.radius(context.problem.x)) > 0
     draws = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype))(keys)
-    places = jnp.argsort(jnp.where(is_free, draws, 2.0), axis=1)[:, : len(context.coordinates)]
+    # Keys are not sharded as the inputs are; sums are. Draws lie below 1, so that fixed elements come last.
+    order = jnp.argsort((x - x) + draws + jnp.where(is_free, 0.0, 1.0), axis=1)
+    places = order[:, : len(context.coordinates)]
     return (places[:, :, None] == jnp.arange(x.shape[1])[None, None]) & is_free[:, None]
 
 
