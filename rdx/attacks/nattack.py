@@ -83,8 +83,8 @@ def nattack(
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
     x, keys = context.problem.x, jax.vmap(jax.random.split)(keys)
     draw = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys[:, 0])
-    # By arithmetic with x the mean lies where x does.
-    return _State(keys[:, 1], _FIRST_DEVIATION * draw + 0.0 * x, found)
+    # Keys are not sharded as the inputs are; sums are.
+    return _State(keys[:, 1], (x - x) + _FIRST_DEVIATION * draw, found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:

@@ -149,7 +149,9 @@ def _choose(context: _Context, keys: Key) -> Array:
     x = norms.flatten(context.problem.x)
     is_free = norms.flatten(context.problem.ball.radius(context.problem.x)) > 0
     draws = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype))(keys)
-    places = jnp.argsort(jnp.where(is_free, draws, 2.0), axis=1)[:, : len(context.coordinates)]
+    # Keys are not sharded as the inputs are; sums are. Draws lie below 1, so that fixed elements come last.
+    order = jnp.argsort((x - x) + draws + jnp.where(is_free, 0.0, 1.0), axis=1)
+    places = order[:, : len(context.coordinates)]
     return (places[:, :, None] == jnp.arange(x.shape[1])[None, None]) & is_free[:, None]
 
 
