@@ -148,7 +148,7 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
 def _propose(problem: base.Problem, state: _State, keys: Key) -> tuple[Array, Array]:
     """Draws a spherical candidate and the one that is nearer to the clean input."""
     x = problem.x
-    offset, drawn = x - state.point, estimate.directions(problem=problem, keys=keys, num=1)[:, 0]
+    offset, drawn = x - state.point, estimate.directions(keys, problem, 1)[:, 0]
     distance = norms.l2(offset)
     toward = estimate.unit(offset)
     around = estimate.unit(drawn - norms.expand(norms.flatten(drawn * toward).sum(axis=1), x) * toward)

@@ -143,7 +143,7 @@ def _sample(context: _Context, state: _State, i: Array) -> _State:
     is_first, distance = context.iterations[i] == 1, problem.ball.distance(point, problem.x)
     radius = norms.expand(jnp.where(is_first, context.first_radius, context.share * distance), point)
     draw, keys = _cube if problem.ball.norm == "linf" else jax.random.normal, base.fold(state.keys, i)
-    drawn = estimate.directions(problem=problem, keys=keys, num=len(context.samples), draw=draw)
+    drawn = estimate.directions(keys, problem, len(context.samples), draw=draw)
     points = decision.into_box(problem, point[:, None] + radius[:, None] * estimate.unit(drawn, axis=2))
     nearest, success = decision.nearest(problem, points)
     # The box may have bent the directions.

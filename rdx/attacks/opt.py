@@ -204,7 +204,7 @@ def _conclude(context: _Context, state: _State, value: Array) -> _State:
 
 def _launch(problem: base.Problem, state: _State, keys: Key) -> _State:
     """Begins to measure the next direction."""
-    offset = estimate.unit(estimate.directions(problem=problem, keys=keys, num=1)[:, 0])
+    offset = estimate.unit(estimate.directions(keys, problem, 1)[:, 0])
     near = state.direction + norms.expand(state.beta, offset) * offset
     down = state.direction - norms.expand(state.step_size, offset) * state.gradient
     direction = base.choose(state.mode == _EXPLORE, offset, base.choose(state.mode == _ESTIMATE, near, down))

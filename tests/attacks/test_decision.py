@@ -198,8 +198,8 @@ def test_mutations_of_low_resolution():
 
 
 def test_the_rounds_of_hopskipjump():
-    kinds, iterations = hopskipjump._plan(700, 6, 100, 25)
-    # 25 times 4, 6 and 7 samples: 100 sqrt(t), rounded; then 700 - (6 + 100 + 10) - (6 + 150 + 10) - (6 + 175 + 10)
+    kinds, iterations = hopskipjump._plan(685, 6, 100, 25)
+    # 25 times 4, 6 and 7 samples: 100 sqrt(t), rounded; then 685 - (6 + 100 + 10) - (6 + 150 + 10) - (6 + 175 + 10)
     # are left for 6 bisections and 8 rounds of samples; the leap would be too much.
     counts = {t: np.bincount(kinds[iterations == t], minlength=3).tolist() for t in range(1, 5)}
     assert counts == {1: [6, 4, 1], 2: [6, 6, 1], 3: [6, 7, 1], 4: [6, 8, 0]}
