@@ -159,7 +159,7 @@ ENTRIES = (
     Entry("boundary", DECISION, L2, _queries),
     Entry("evolutionary", DECISION, L2, _queries),
     Entry("hopskipjump", DECISION, TWO, _queries),
-    Entry("opt", DECISION, TWO, _queries),
+    Entry("opt", DECISION, L2, _queries),
     Entry("fgsm", TRANSFER, TWO, label="fgsm transferred"),
     Entry("bim", TRANSFER, TWO, _steps, label="bim transferred"),
     Entry("mim", TRANSFER, TWO, _steps, label="mim transferred"),
