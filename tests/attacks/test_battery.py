@@ -14,9 +14,17 @@ from rdx.balls import Ball
 EPS = {"linf": 0.06, "l2": 0.25, "l1": 0.6}
 GOAL = goals.misclassify(losses.margin)
 EACH = [(name, norm) for name, case in CASES.items() for norm in case.norms]
-FIRST = [(name, case.norms[0]) for name, case in CASES.items()]
+# What every kind of attack has in common with others is asked of these at all times, of the others with the slow tests.
+CORE = {"fgsm", "pgd", "apgd", "deepfool", "fab_targeted", "cw", "square", "nes", "hopskipjump"}
+
+
+def _first(*more):
+    marks = {name: () if name in CORE else pytest.mark.slow for name in CASES}
+    return [pytest.param(name, case.norms[0], *more, marks=marks[name]) for name, case in CASES.items()]
+
+
 each_attack_and_norm = pytest.mark.parametrize(("name", "norm"), EACH)
-each_attack = pytest.mark.parametrize(("name", "norm"), FIRST)
+each_attack = pytest.mark.parametrize(("name", "norm"), _first())
 
 
 def _mlp(parameters, x):
@@ -149,7 +157,7 @@ def test_jit_and_every_loop_change_nothing(name, norm):
 
 
 @pytest.mark.parametrize(("name", "norm", "axis"), [
-    *((*case, AxisType.Explicit) for case in FIRST), ("pgd", "linf", AxisType.Auto), ("apgd", "l2", AxisType.Auto),
+    *_first(AxisType.Explicit), ("pgd", "linf", AxisType.Auto), ("apgd", "l2", AxisType.Auto),
 ])
 def test_sharding_changes_nothing(name, norm, axis):
     x, labels = _batch()
