@@ -123,10 +123,10 @@ def measure(peer, name, case, net, arguments):
 
     from rdx import balls, losses
 
-    x, labels = _bench.images(case.batch or arguments.batch)
+    x, _ = _bench.images(case.batch or arguments.batch)
     logits_fn = Partial(net.logits, jax.tree.map(jnp.asarray, net.init()))
-    if case.compare != "loss":
-        labels = np.asarray(logits_fn(jnp.asarray(x)).argmax(axis=1), np.int32)  # nobody has fallen before
+    # The net's own predictions: peers leave out who has fallen before.
+    labels = np.asarray(logits_fn(jnp.asarray(x)).argmax(axis=1), np.int32)
     ball, given = balls.Ball("linf", case.eps), (logits_fn, jnp.asarray(x), jnp.asarray(labels))
 
     def run():
@@ -185,8 +185,8 @@ def main():
         notes = _bench.settings(
             arguments,
             peer,
-            attacks="linf; PGD: eps 0.3, 40 steps of 0.01; APGD: eps 0.1; AutoAttack: standard, eps 0.02, labels are "
-            "the net's own predictions; by queries: eps 0.001, where nobody falls",
+            attacks="linf; PGD: eps 0.3, 40 steps of 0.01; APGD: eps 0.1; AutoAttack: standard, eps 0.02; by queries: "
+            "eps 0.001, where nobody falls; labels are the net's own predictions",
             compared="mean cross entropy of the adversarial examples (PGD, APGD), share of success (AutoAttack), "
             "under our logits",
             fairness="ours also keeps the strongest input seen, counts queries and reports success; their models need "
