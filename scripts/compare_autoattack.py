@@ -105,17 +105,17 @@ def our_side(task, arrays, norm):
     import jax
     from jax.tree_util import Partial
 
-    from rdx.attacks import autoattack
+    from rdx.attacks.autoattack import cascade, suite
     from rdx.balls import Ball
 
     params = [tuple(arrays[f"ours.{i}.{j}"] for j in range(2)) for i in range(len(task.net.layers))]
-    logits_fn, suite = Partial(task.net.logits, params), autoattack.suite(norm)
+    logits_fn, attacks = Partial(task.net.logits, params), suite(norm)
 
     def run(name, x, labels, index):
         if name == "clean":
             return np.asarray(logits_fn(x)).argmax(axis=1) == labels
-        found = autoattack.cascade(
-            jax.random.key(0), {name: suite[name]}, logits_fn, x, labels, ball=Ball(norm, task.eps[norm]), index=index
+        found = cascade(
+            jax.random.key(0), {name: attacks[name]}, logits_fn, x, labels, ball=Ball(norm, task.eps[norm]), index=index
         )
         return ~np.asarray(found.result.success)
 
