@@ -215,7 +215,7 @@ def table(options):
             f"{name}: {task.num_steps} steps of PGD-{task.attack_steps} training, linf {task.trained_eps:.4g}"
             for name, task in TASKS.items() if name in options.nets
         ),
-        "seconds": "wall clock with compilation on a busy machine, sides not at the same time nor with equal threads: no benchmark",
+        "seconds": "wall clock with compilation on a busy machine, unequal threads: no benchmark",
     }
     lines = ["# AutoAttack: rdx and the original", "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
     lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in rows]
