@@ -105,17 +105,17 @@ def our_side(task, arrays, norm):
     import jax
     from jax.tree_util import Partial
 
-    from rdx.attacks import autoattack
+    from rdx.attacks.autoattack import cascade, suite
     from rdx.balls import Ball
 
     params = [tuple(arrays[f"ours.{i}.{j}"] for j in range(2)) for i in range(len(task.net.layers))]
-    logits_fn, suite = Partial(task.net.logits, params), autoattack.suite(norm)
+    logits_fn, attacks = Partial(task.net.logits, params), suite(norm)
 
     def run(name, x, labels, index):
         if name == "clean":
             return np.asarray(logits_fn(x)).argmax(axis=1) == labels
-        found = autoattack.cascade(
-            jax.random.key(0), {name: suite[name]}, logits_fn, x, labels, ball=Ball(norm, task.eps[norm]), index=index
+        found = cascade(
+            jax.random.key(0), {name: attacks[name]}, logits_fn, x, labels, ball=Ball(norm, task.eps[norm]), index=index
         )
         return ~np.asarray(found.result.success)
 
@@ -215,7 +215,7 @@ def table(options):
             f"{name}: {task.num_steps} steps of PGD-{task.attack_steps} training, linf {task.trained_eps:.4g}"
             for name, task in TASKS.items() if name in options.nets
         ),
-        "seconds": "wall clock of each attack, compilation included, on a machine that others used as well: rough",
+        "seconds": "wall clock with compilation on a busy machine, unequal threads: no benchmark",
     }
     lines = ["# AutoAttack: rdx and the original", "", f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
     lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in rows]
