@@ -116,6 +116,59 @@ def accuracy_against_strength(
     _accuracy(path, series, x_label, heading, groups, worst, None, is_logarithmic=True)
 
 
+def bars(
+    path: str | os.PathLike[str], names: Sequence[str], series: Mapping[str, Sequence[float]], *, y_label: str,
+    heading: str,
+) -> None:
+    """Draws groups of bars, one group a name and one bar a series.
+
+    Args:
+        path: where the PNG goes.
+        names: what stands below each group.
+        series: name -> one value per group.
+        y_label: what the vertical axis measures.
+        heading: title of the picture.
+    """
+    figure = _figure(max(5.6, 0.75 * len(names) + 1.5), 3.8)
+    axis = figure.subplots()
+    width, places = 0.8 / max(len(series), 1), np.arange(len(names))
+    for i, ((name, values), colour) in enumerate(zip(series.items(), _COLOURS * 4, strict=False)):
+        axis.bar(places + (i - 0.5 * (len(series) - 1)) * width, values, width, color=colour, label=name)
+    axis.set_xticks(places, names, rotation=35, ha="right", fontsize=8)
+    axis.set_ylabel(y_label)
+    axis.set_title(heading, fontsize=10, color=_INK)
+    axis.grid(alpha=0.25, axis="y")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def receiver(
+    path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], *, heading: str
+) -> None:
+    """Draws receiver operating characteristics, with the false-positive rate on a logarithmic axis.
+
+    Args:
+        path: where the PNG goes.
+        series: name -> (false-positive rates, true-positive rates), in percent.
+        heading: title of the picture.
+    """
+    figure = _figure(6.8, 4.2)
+    axis = figure.subplots()
+    for i, (name, (fpr, tpr)) in enumerate(series.items()):
+        style = _LINES[i // len(_COLOURS) % len(_LINES)]
+        axis.plot(np.maximum(np.asarray(fpr), 0.1), tpr, drawstyle="steps-post", linewidth=1.5, linestyle=style,
+                  color=_COLOURS[i % len(_COLOURS)], label=name)
+    axis.set(xlabel="clean inputs rejected, %", ylabel="perturbed inputs rejected, %", xscale="log", ylim=(-2.0, 102.0))
+    axis.set_title(heading, fontsize=10, color=_INK)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _accuracy(
     path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], x_label: str, heading: str,
     groups: Mapping[str, str] | None, worst: tuple[ArrayLike, ArrayLike] | None, marked: float | None, *,

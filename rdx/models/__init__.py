@@ -3,6 +3,7 @@
 from rdx.models import onnx
 from rdx.models.apply import Forward, forward, logits_fn, num_parameters
 from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, small_cnn
+from rdx.models.features import dropout_fn, features_fn, hidden_fn, last_layer
 from rdx.models.mlp import MLP
 from rdx.models.resnet import ResNet
 from rdx.models.robustifier import Robustifier, cifar_robustifier, mnist_robustifier
@@ -18,7 +19,11 @@ __all__ = [
     "bench_cnn",
     "cifar_robustifier",
     "digits_cnn",
+    "dropout_fn",
+    "features_fn",
     "forward",
+    "hidden_fn",
+    "last_layer",
     "logits_fn",
     "mnist_robustifier",
     "num_parameters",

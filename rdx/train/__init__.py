@@ -1,6 +1,6 @@
 """Training: loss builders, schedules, and the one loop that runs them all."""
 
-from rdx.train import adversarial, certified, schedules, standard
+from rdx.train import adversarial, certified, detectors, schedules, standard
 from rdx.train.loop import Phase, TrainState, fit, init_state
 
-__all__ = ["Phase", "TrainState", "adversarial", "certified", "fit", "init_state", "schedules", "standard"]
+__all__ = ["Phase", "TrainState", "adversarial", "certified", "detectors", "fit", "init_state", "schedules", "standard"]
