@@ -210,7 +210,7 @@ class Zoo:
         hidden = models.hidden_fn(self.config.net, self.variables)
         if name in {"odds", "logit stability"}:
             random_fn = Partial(odds.noisy_logits, logits_fn=self.logits_fn, sigma=self.config.sigma)
-            return {"features": hidden, "logits": adaptive.eot(random_fn, self.key_of("match"), self.config.num_draws)}
+            return {"features": hidden, "logits": adaptive.eot(self.key_of("match"), random_fn, self.config.num_draws)}
         return {"features": hidden, "logits": self.logits_fn}
 
 

@@ -95,7 +95,7 @@ def dropout_uncertainty(key: Key, logits_fn: LogitsFn, random_fn: RandomLogitsFn
     Returns:
         A `Detector`.
     """
-    return Partial(_variance, as_partial(logits_fn), adaptive.eot(random_fn, key, num_draws))
+    return Partial(_variance, as_partial(logits_fn), adaptive.eot(key, random_fn, num_draws))
 
 
 def _last(features_fn: Partial, x: Array) -> Array:

@@ -92,7 +92,7 @@ def _extended(detector: Partial, threshold: ArrayLike, x: Array) -> Array:
 
 
 def _loss(logits: Array, labels: Array) -> Array:
-    is_label = jnp.arange(logits.shape[1] - 1)[None] == labels[:, None]
+    is_label = jnp.arange(logits.shape[1] - 1, dtype=jnp.int32)[None] == labels.astype(jnp.int32)[:, None]
     others = jnp.where(is_label, -jnp.inf, logits[:, :-1]).max(axis=1)
     return others - jnp.maximum(jnp.where(is_label, logits[:, :-1], -jnp.inf).max(axis=1), logits[:, -1])
 

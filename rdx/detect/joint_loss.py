@@ -114,11 +114,11 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
     point = base.ascend(problem.ball, problem.x, state.point, gradient, problem.data[0])
     found = base.spend(state.found, seen, gradients=1)
-    going_on = _State(state.keys, point, state.weight, found)
     start = problem.ball.sample(base.fold(state.keys, i + 1), problem.x)
-    following = _State(state.keys, start, _next_weight(state.weight, is_wrong), found)
+    following = (start, _next_weight(state.weight, is_wrong))
     is_over = i % context.num_steps == context.num_steps - 1
-    return jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, going_on)
+    point, weight = jax.tree.map(lambda new, old: jnp.where(is_over, new, old), following, (point, state.weight))
+    return _State(state.keys, point, weight, found)
 
 
 def _next_weight(weight: _Weight, is_wrong: Array) -> _Weight:

@@ -67,11 +67,11 @@ def fit(
 
 def scores(
     features_fn: Callable[[Array], tuple[Array, tuple[Array, ...]]], gaussians: Gaussians, *,
-    magnitude: ArrayLike = 0.0,
+    magnitude: ArrayLike | None = None,
 ) -> Partial:
     """Builds `x -> (logits, distances [B, L])` with `min_c (z - mu_c)^T Sigma^-1 (z - mu_c)` in each of `L` layers.
 
-    With a positive magnitude `m` the input is first moved nearer to its class in each layer,
+    With a magnitude `m` the input is first moved nearer to its class in each layer,
     `x' = x - m sign(grad_x distance(x))`, which separates clean inputs from others in the paper. `logistic.fit` and
     `logistic.combined` make a detector of the scores.
 
@@ -81,7 +81,7 @@ def scores(
     Args:
         features_fn: as for `fit`.
         gaussians: from `fit`.
-        magnitude: in input units; the paper tries 0 and 0.0005 to 0.01.
+        magnitude: in input units; the paper tries 0.0005 to 0.01, and none.
 
     Returns:
         The squared distances; higher is more suspicious.
@@ -94,7 +94,9 @@ def _pooled(features_fn: Partial, x: Array) -> tuple[Array, tuple[Array, ...]]:
     return logits, tuple(z.mean(axis=tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z for z in layers)
 
 
-def _scores(features_fn: Partial, gaussians: Gaussians, magnitude: ArrayLike, x: Array) -> tuple[Array, Array]:
+def _scores(features_fn: Partial, gaussians: Gaussians, magnitude: ArrayLike | None, x: Array) -> tuple[Array, Array]:
+    if magnitude is None:
+        return _distances(features_fn, gaussians, x)
     columns = []
     for place in range(len(gaussians.means)):
         def total(x: Array, place: int = place) -> Array:

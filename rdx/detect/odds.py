@@ -73,7 +73,7 @@ def odds(key: Key, logits_fn: LogitsFn, statistics: Odds, *, sigma: ArrayLike, n
 
 def _moves(logits_fn: Partial, key: Key, sigma: ArrayLike, numbers: Array, x: Array) -> tuple[Array, Array]:
     logits = logits_fn(x)
-    noisy = adaptive.eot(Partial(noisy_logits, logits_fn=logits_fn, sigma=sigma), key, len(numbers))(x)
+    noisy = adaptive.eot(key, Partial(noisy_logits, logits_fn=logits_fn, sigma=sigma), len(numbers))(x)
     labels = logits.argmax(axis=1).astype(jnp.int32)
     moved = noisy - logits[:, None]
     return labels, moved - jnp.take_along_axis(moved, labels[:, None, None], axis=2)
@@ -99,4 +99,6 @@ def _score(
 ) -> tuple[Array, Array]:
     labels, moved = _moves(logits_fn, key, sigma, numbers, x)
     mean, scale = (jnp.asarray(table)[labels] for table in statistics)
-    return logits_fn(x), ((moved.mean(axis=1) - mean) / scale).max(axis=1)
+    standard = (moved.mean(axis=1) - mean) / scale
+    is_own = jnp.arange(standard.shape[1], dtype=jnp.int32)[None] == labels[:, None]
+    return logits_fn(x), jnp.where(is_own, -jnp.inf, standard).max(axis=1)

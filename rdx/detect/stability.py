@@ -29,7 +29,7 @@ def logit_stability(key: Key, logits_fn: LogitsFn, *, sigma: ArrayLike, num_draw
     """
     logits_fn = as_partial(logits_fn)
     random_fn = Partial(noisy_logits, logits_fn=logits_fn, sigma=sigma)
-    return Partial(_stability, logits_fn, adaptive.eot(random_fn, key, num_draws))
+    return Partial(_stability, logits_fn, adaptive.eot(key, random_fn, num_draws))
 
 
 def attack_length(key: Key, logits_fn: LogitsFn, *, ball: Ball, num_steps: int = 20) -> Partial:

