@@ -6,6 +6,8 @@ from rdx.detect import abstain_bound
 from rdx.detect import best_known
 from rdx.detect import claims
 from rdx.detect import class_conditional
+from rdx.detect import codes
+from rdx.detect import corollaries
 from rdx.detect import density
 from rdx.detect import exact
 from rdx.detect import extra_class
@@ -65,6 +67,8 @@ __all__ = [
     "claims",
     "class_conditional",
     "classifier_from_detector",
+    "codes",
+    "corollaries",
     "decide",
     "decode",
     "density",

@@ -122,10 +122,13 @@ def test_theorem_4_on_a_band_by_hand(key, name):
     assert (np.abs(np.asarray(decoding.witness) - np.asarray(x)).max(axis=1) <= eps / 2 + 1e-6).all()
     assert not np.asarray(detector(decoding.witness)[1] > threshold)[found].any()
     if name == "nearest":
-        # The nearest accepted points are at distance (t - |w x - 1.5|) / 3; the gradient leads straight there.
-        distance = np.abs(np.asarray(decoding.witness - x)).max(axis=1)[found]
-        np.testing.assert_allclose(distance, ((0.2 - np.abs(side)) / 3)[found], atol=1e-5)
-        assert (np.asarray(decoding.logits.argmax(axis=1)) == (side > 0))[np.abs(side) > 1e-3].all()
+        # The nearest accepted points are at distance (t - |w x - 1.5|) / 3; the gradient leads straight there, but
+        # where a random start lies on the other side of the band.
+        beyond = np.abs(np.asarray(decoding.witness - x)).max(axis=1) - (0.2 - np.abs(side)) / 3
+        assert (beyond[found] > -1e-5).all()
+        is_nearest = found & (beyond < 1e-5)
+        assert is_nearest.sum() > 0.9 * found.sum()
+        assert (np.asarray(decoding.logits.argmax(axis=1)) == (side > 0))[is_nearest].all()
     classifier = detect.classifier_from_detector(key, detector, **options)
     np.testing.assert_array_equal(classifier(x), decoding.logits)
 
@@ -147,8 +150,9 @@ def test_theorem_5_on_a_half_plane_by_hand(key):
         score = np.asarray(detector(x)[1])
         assert ((score > 0) == expected).all()
         if search is not searches.constant_prediction:
-            # The score is the margin loss of the worst point in the ball: 2 (0.3 - |w x - 1.5|).
-            np.testing.assert_allclose(score, 2 * (0.3 - side), atol=1e-5)
+            # The score is the margin loss of the worst point in the ball: 2 (0.3 - |w x - 1.5|), or its bound with
+            # the slack of certificates, 1e-5 of logits up to 1.8.
+            np.testing.assert_allclose(score, 2 * (0.3 - side), atol=3e-5)
     labels = (x @ W - 1.5 > 0).astype(int)
     certified = detect.certify_detector(classifier, x, labels, metric=BOX, eps=eps, certify=functools.partial(
         bounds.certify, method=bounds.ibp))
@@ -173,14 +177,15 @@ def test_bounds_prove_that_there_is_no_witness(key):
     assert (np.asarray(decoding.is_found) == (depth < 0.15))[np.abs(depth - 0.15) > 1e-3].all()
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["pgd", "random"])
-def test_every_failure_under_attack_is_explained(seed, name):
-    key, eps, threshold = jax.random.key(seed), 0.3, 0.3
+def _explained(seed, search):
+    """Checks the explanations of one detector at clean, attacked and random points; returns the kinds seen."""
+    key, eps, kinds = jax.random.key(seed), 0.3, []
     detector, x = nets.random_detector(key), _points(seed, 100, 6)
-    options = {"metric": BOX, "eps": eps, "search": SEARCHES[name], "threshold": threshold}
+    threshold = float(jnp.median(detector(x)[1]))  # half of the clean inputs are rejected
+    options = {"metric": BOX, "eps": eps, "search": search, "threshold": threshold}
     classifier = detect.classifier_from_detector(key, detector, **options)
     labels = classifier(x).argmax(axis=1)
+    labels = jnp.where(jnp.arange(100) % 5 == 0, (labels + 1) % 3, labels)  # so that some are wrong from the start
     half = BOX.ball(eps / 2)
     x_adv = attacks.pgd(key, classifier, x, labels, ball=half, num_steps=5).x_adv
     for point in (x, x_adv, half.sample(jax.random.split(key, 100), x)):
@@ -201,7 +206,16 @@ def test_every_failure_under_attack_is_explained(seed, name):
         assert (np.abs(np.asarray(explained.point - x)).max(axis=1) <= eps + 1e-5).all()
         # Where the search missed, the clean input is accepted: a witness that was there to be found.
         assert (clean[is_missed] != -1).all()
-    assert is_failure.any()
+        kinds.extend(kind.tolist())
+    return kinds
+
+
+def test_every_failure_under_attack_is_explained():
+    few = functools.partial(searches.random, num_samples=2)
+    kinds = [kind for seed in range(3) for search in (PGD, few) for kind in _explained(seed, search)]
+    assert set(kinds) == {
+        reductions.NO_FAILURE, reductions.ACCEPTED, reductions.BY_WITNESS, reductions.CLEAN, reductions.MISSED
+    }
 
 
 def test_constructed_functions_do_not_depend_on_the_batch_or_on_jit(key):
