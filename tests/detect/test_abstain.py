@@ -23,6 +23,12 @@ NUM_CLASSES = 10
 EPS = 0.1
 
 
+@jax.jit
+def solve(box, network, labels):
+    best = abstain_bound.weights(box, network, labels)
+    return best, abstain_bound.lower_bound(box, network, labels, best)
+
+
 def random_case(seed, *, num_abstain=1, num_hidden=7, num_classes=4, batch=1):
     rng = np.random.default_rng(seed)
     lower = rng.normal(size=(batch, num_hidden)).clip(0)
@@ -30,7 +36,7 @@ def random_case(seed, *, num_abstain=1, num_hidden=7, num_classes=4, batch=1):
     outputs = num_classes + num_abstain
     kernel = rng.normal(size=(num_hidden, outputs)) * (rng.random((num_hidden, outputs)) < 0.8)
     network = Network(
-        Partial(lambda x: x), jnp.asarray(kernel, jnp.float32), jnp.asarray(rng.normal(size=outputs), jnp.float32),
+        Partial(jnp.asarray), jnp.asarray(kernel, jnp.float32), jnp.asarray(rng.normal(size=outputs), jnp.float32),
         num_classes,
     )
     return box, network, jnp.asarray(rng.integers(num_classes, size=batch))
@@ -56,8 +62,7 @@ def test_the_closed_form_is_the_linear_programs_optimum(seed):
         box, network, labels = random_case(case)
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             box, network = bounds.rounding.doubled((box, network))
-            lower = abstain_bound.lower_bound(box, network, labels, abstain_bound.weights(box, network, labels))
-            lower = jax.device_get(lower)[0]
+            lower = jax.device_get(solve(box, network, labels)[1])[0]
         others = [i for i in range(network.num_classes) if i != int(labels[0])]
         expected = [linear_program(box, network, int(labels[0]), i) for i in others]
         np.testing.assert_allclose(lower, expected, atol=1e-6)
@@ -65,9 +70,8 @@ def test_the_closed_form_is_the_linear_programs_optimum(seed):
 
 def test_float32_finds_the_same_weight_as_a_grid_or_better():
     box, network, labels = random_case(3, num_hidden=50, num_classes=6, batch=40)
-    best = abstain_bound.weights(box, network, labels)
+    best, lower = solve(box, network, labels)
     np.testing.assert_allclose(best.sum(axis=2), 1.0, rtol=1e-6)
-    lower = abstain_bound.lower_bound(box, network, labels, best)
     for share in np.linspace(0, 1, 101, dtype=np.float32):
         fixed = jnp.broadcast_to(jnp.asarray([1 - share, share]), best.shape)
         tried = abstain_bound.lower_bound(box, network, labels, fixed)
@@ -81,8 +85,7 @@ def test_several_classes_are_near_the_linear_program_and_never_beyond():
     gaps = []
     for seed in range(40):
         box, network, labels = random_case(seed, num_abstain=3)
-        best = abstain_bound.weights(box, network, labels)
-        lower = np.asarray(abstain_bound.lower_bound(box, network, labels, best))[0]
+        lower = np.asarray(solve(box, network, labels)[1])[0]
         others = [i for i in range(network.num_classes) if i != int(labels[0])]
         gaps.append(np.array([linear_program(box, network, int(labels[0]), i) for i in others]) - lower)
     assert np.min(gaps) > -1e-4
@@ -91,9 +94,7 @@ def test_several_classes_are_near_the_linear_program_and_never_beyond():
 
 def test_a_copied_abstain_class_changes_nothing_and_an_impossible_one_gives_plain_intervals():
     box, network, labels = random_case(5, num_hidden=20, batch=30)
-    lower = lambda network: abstain_bound.lower_bound(
-        box, network, labels, abstain_bound.weights(box, network, labels)
-    )
+    lower = lambda network: solve(box, network, labels)[1]
     doubled = dataclasses.replace(
         network, kernel=jnp.concatenate([network.kernel, network.kernel[:, -1:]], axis=1),
         bias=jnp.append(network.bias, network.bias[-1]),
@@ -110,7 +111,7 @@ def test_a_copied_abstain_class_changes_nothing_and_an_impossible_one_gives_plai
 
 def test_points_of_the_box_keep_to_the_bound():
     box, network, labels = random_case(8, num_abstain=2, batch=50)
-    lower = abstain_bound.lower_bound(box, network, labels, abstain_bound.weights(box, network, labels))
+    lower = solve(box, network, labels)[1]
     h = box.lower[None] + jax.random.uniform(jax.random.key(0), (200, 50, 7)) * (box.upper - box.lower)[None]
     logits = h @ network.kernel + network.bias[None, None]
     top = jnp.maximum(jnp.take_along_axis(logits, labels[None, :, None], axis=2)[..., 0], logits[..., 4:].max(axis=2))
