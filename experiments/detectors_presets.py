@@ -102,8 +102,8 @@ def _digits() -> Config:
 
 def _mnist() -> Config:
     return Config(
-        dataset="mnist", preset="cpu", eps=0.3, net=models.small_cnn(), epochs=4, robust_epochs=5, train_steps=7,
-        batch_size=128, learning_rate=2e-3, num_fitted=1000, num_held_out=2000, num_images=200, num_steps=60,
-        num_restarts=2, num_queries=500, num_guides=2, num_draws=16, search_steps=20, search_restarts=2,
-        num_reduced=60, num_components=100,
+        dataset="mnist", preset="cpu", eps=0.3, net=models.small_cnn(), epochs=3, robust_epochs=3, train_steps=5,
+        batch_size=128, learning_rate=2e-3, num_fitted=1000, num_held_out=2000, num_images=150, num_steps=40,
+        num_restarts=2, num_queries=500, num_guides=2, num_draws=8, search_steps=20, search_restarts=2,
+        num_reduced=50, num_components=100,
     )

@@ -14,6 +14,10 @@ settings of joint training, the weight of the loss without detection is chosen o
 Everything goes to `runs/tramer_certified/<dataset>-<preset>/`: one JSON and NPZ per network, `table.md` and a picture.
 A run that is interrupted continues with the same command and ends with the same table. The `paper` preset has the
 network and the radii of Table 2 with a shorter schedule, and has not been run yet.
+
+Obtained (experiments/results/tramer_certified), certified robust accuracy on digits `cpu`: Theorem 5 92.5 % at eps 0.1
+and 79.4 % at 0.2, one abstain class 80.6 and 56.1, two 79.7 and 50.6, classifiers at these radii 79.4 and 48.9; 7 minutes
+on two cores. Expected from Table 2: Theorem 5 ahead of joint training by 1 to 2 points.
 """
 
 import dataclasses
@@ -30,6 +34,7 @@ from experiments import certified_report, command_line, tramer_runs
 from experiments.certified_presets import Config, config
 from experiments.certified_report import Cell
 from rdx import attacks, data, losses, metrics, models
+from rdx.attacks import base
 from rdx.balls import Ball
 from rdx.detect import abstain, goals, reductions, searches, selective, thresholds
 from rdx.detect.metric_spaces import Box
@@ -121,7 +126,7 @@ def _classifier(run: Run, cell: Cell) -> tuple[dict[str, Any], dict[str, np.ndar
     found = _attack_bare(run, logits_fn, 2 * cell.eps)
     _, score = thresholds.collect(detector, found)
     _, clean_score = thresholds.collect(detector, x[: settings.num_attacked])
-    is_wrong = np.asarray(attacks.base.call(_is_wrong, logits_fn, found, labels[: settings.num_attacked]))
+    is_wrong = np.asarray(base.call(_is_wrong, logits_fn, found, labels[: settings.num_attacked]))
     evaded = is_wrong & ~(score > 0)
     _refuse(evaded & result.certified[: settings.num_attacked], cell)
     summary = records.summarize(result, ("pgd",))
@@ -165,7 +170,7 @@ def _joint(run: Run, cell: Cell) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     num = len(evaded)
     _refuse(evaded & certified_[:num], cell)
     lost = (prediction != run.test.labels) | (score > 0)
-    used = np.bincount(np.asarray(attacks.base.call(_abstained, network, data.to_float(run.test.images))),
+    used = np.bincount(np.asarray(base.call(_abstained, network, data.to_float(run.test.images))),
                        minlength=cell.num_abstain)
     rates = {"clean": _rate(lost[:num]), "attacked": _rate(lost[:num] | evaded), "certified": _rate(~certified_),
              "rejected": _rate((score > 0)[:num])}

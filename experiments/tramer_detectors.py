@@ -29,6 +29,7 @@ from experiments import command_line, detectors_report, tramer_runs
 from experiments.detectors_presets import config
 from experiments.detectors_zoo import Calibrated, Zoo
 from rdx import attacks, data, losses, metrics
+from rdx.attacks import base
 from rdx.balls import Ball
 from rdx.detect import claims, goals, reductions, risks, suite, thresholds
 from rdx.detect.metric_spaces import Box
@@ -198,7 +199,7 @@ def _theorem5(zoo: Zoo) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         zoo.key_of("robust"), zoo.robust, images.x, images.labels, ball=metric.ball(eps / 2), index=images.index,
         search=functools.partial(attacks.pgd, num_steps=settings.num_steps, num_restarts=settings.search_restarts),
     )
-    clean = attacks.base.call(_errors, detector, images.x, images.labels)
+    clean = base.call(_errors, detector, images.x, images.labels)
     run = functools.partial(
         attacks.pgd, zoo.key_of("attack"), x=images.x, labels=images.labels, ball=Ball("linf", eps), index=images.index,
         num_steps=settings.num_steps,
@@ -207,7 +208,7 @@ def _theorem5(zoo: Zoo) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "transferred": run(zoo.robust, goal=misclassify(losses.margin)).x_adv,
         "adaptive": run(detector, goal=goals.evade(0.0)).x_adv,
     }
-    evaded = {what: attacks.base.call(_evades, detector, x, images.labels) for what, x in points.items()}
+    evaded = {what: base.call(_evades, detector, x, images.labels) for what, x in points.items()}
     bare = losses.is_wrong(zoo.robust(points["transferred"]), images.labels)
     # Where x_adv evades, the midpoint settles whose fault it is: it is a failure of the classifier at eps / 2, or a
     # witness that the search at x_adv has missed.

@@ -162,13 +162,15 @@ def objective(
     plain = lower_bound(box, network, labels, jnp.zeros_like(best).at[:, :, 0].set(1.0))
     logits = network(x)
     clean, worst = losses.cross_entropy(logits, labels), losses.worst_case_cross_entropy(with_detection)
-    robust = settings.detection * worst + settings.classification * losses.worst_case_cross_entropy(plain)
+    detection, classification, natural = (jnp.asarray(weight, clean.dtype) for weight in settings[:3])
+    robust = detection * worst + classification * losses.worst_case_cross_entropy(plain)
     is_wrong = losses.is_wrong(logits, labels)
     metrics = {
         "clean_loss": clean, "detection_loss": worst, "error": is_wrong,
         "certified_error": is_wrong | ~(with_detection > 0).all(axis=1),
     }
-    return (1.0 - kappa) * robust + settings.natural * kappa * clean, metrics
+    kappa = jnp.asarray(kappa, clean.dtype)
+    return (1.0 - kappa) * robust + natural * kappa * clean, metrics
 
 
 def balance(logits: Array, num_classes: int) -> Array:

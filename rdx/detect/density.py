@@ -26,7 +26,7 @@ class Density(NamedTuple):
 
     features: np.ndarray
     labels: np.ndarray
-    bandwidth: np.ndarray
+    bandwidth: ArrayLike
 
 
 def fit(

@@ -83,8 +83,8 @@ def joint_pgd(
     size = 2.5 / num_steps * jnp.asarray(problem.ball.eps) if step_size is None else step_size
     weight = norms.linf(problem.x - problem.x) + jnp.asarray(initial_weight, problem.x.dtype)
     problem = problem._replace(data=(base.per_example(size, problem.x), weight))
-    numbers = (jnp.asarray(value, problem.x.dtype) for value in (threshold, confidence))
-    context = _Context(problem, Partial(loss), *numbers, jnp.asarray(num_steps, jnp.int32))
+    limits = [jnp.asarray(value, problem.x.dtype) for value in (threshold, confidence)]
+    context = _Context(problem, Partial(loss), limits[0], limits[1], jnp.asarray(num_steps, jnp.int32))
     found, trace = driver.run(
         _METHOD, context, base.example_keys(key, problem.x, index), found, num_steps=num_rounds * num_steps,
         stops=True, loop=loop,

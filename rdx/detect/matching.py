@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rdx import attacks, norms
-from rdx.attacks import driver
+from rdx.attacks import base, driver
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.detect import thresholds
@@ -33,7 +33,7 @@ class Guides(NamedTuple):
 
     embeddings: np.ndarray
     labels: np.ndarray
-    scale: np.ndarray
+    scale: ArrayLike
 
 
 def guides(
@@ -100,7 +100,7 @@ def match(
     """
     both = Partial(_output, as_partial(detector), as_partial(embed))
     x, labels = jnp.asarray(x), jnp.asarray(labels)
-    wanted = _nearest(guides, attacks.base.call(as_embedding, as_partial(embed), x), labels, rank)
+    wanted = _nearest(guides, base.call(as_embedding, as_partial(embed), x), labels, rank)
     plain = evade(threshold)
     goal = Goal(Partial(_nearness), Partial(_evades, plain), (wanted, jnp.broadcast_to(guides.scale, labels.shape)))
     result = attacks.pgd(

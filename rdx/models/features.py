@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def _last_hidden(layers_fn: Partial, x: Array) -> Array:
 def _features(model: nn.Module) -> Callable[[PyTree, Array], tuple[Array, tuple[Array, ...]]]:
     def apply(variables: PyTree, x: Array) -> tuple[Array, tuple[Array, ...]]:
         logits, state = model.apply(variables, x, capture_intermediates=_is_layer, mutable=["intermediates"])
-        seen = state["intermediates"]
+        seen = cast(dict[str, Any], state["intermediates"])
         names = sorted((name for name in seen if "_" in name), key=lambda name: (name.split("_")[0], _place(name)))
         return logits, tuple(nn.relu(seen[name]["__call__"][0]) for name in names[:-1])
 
@@ -85,7 +85,7 @@ def _dropped(model: nn.Module, rate: float) -> Callable[[PyTree, Key, Array], Ar
         def drop(layer: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
             if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
                 return layer(*args, **options)
-            units, number = args[0], _place(context.module.name)
+            units, number = args[0], _place(cast(str, context.module.name))
             draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - rate, units.shape[1:])
             return layer(jnp.where(jax.vmap(draw)(keys), units / (1.0 - rate), 0.0), *args[1:], **options)
 
