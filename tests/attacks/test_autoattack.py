@@ -32,10 +32,9 @@ def _batch(model, num=24):
     return x, labels.at[:2].set((labels[:2] + 1) % 2)
 
 
-@pytest.mark.parametrize(
-    ("version", "norm"),
-    [("standard", "linf"), pytest.param("standard", "l2", marks=pytest.mark.slow), ("standard", "l1"), ("plus", "linf")],
-)
+@pytest.mark.parametrize(("version", "norm"), [
+    ("standard", "linf"), pytest.param("standard", "l2", marks=pytest.mark.slow), ("standard", "l1"), ("plus", "linf"),
+])
 def test_an_example_falls_to_the_first_attack_that_breaks_it(norm, version, key):
     model = _model()
     (x, labels), ball = _batch(model), Ball(norm, EPS[norm])
