@@ -3,6 +3,8 @@
 # ruff: noqa: I001 - one name a line
 from rdx.detect import best_known
 from rdx.detect import claims
+from rdx.detect import codes
+from rdx.detect import corollaries
 from rdx.detect import exact
 from rdx.detect import goals
 from rdx.detect import intervals
@@ -35,6 +37,8 @@ __all__ = [
     "best_known",
     "certify_detector",
     "claims",
+    "codes",
+    "corollaries",
     "classifier_from_detector",
     "decide",
     "decode",

@@ -17,6 +17,7 @@ from rdx.detect.best_known import Reference, best_known, radius, rows
 from rdx.types import ArrayLike, Norm
 
 Evidence = Literal["fixed", "adaptive", "certified"]
+Kind = Literal["detector", "classifier"]
 Verdict = Literal["consistent", "implies-breakthrough", "vacuous", "no-reference"]
 # Sums of rates such as 0.05 + 0.19 + 0.2 are rounded.
 _ROUNDING = 1e-9
@@ -52,7 +53,7 @@ class Claim:
     fnr: float | None = None
     clean_error: float | None = None
     evidence: Evidence = "fixed"
-    kind: Literal["detector", "classifier"] = "detector"
+    kind: Kind = "detector"
     name: str = ""
     num_images: int | None = None
 
@@ -66,7 +67,7 @@ class Claim:
         rates = (self.fpr, self.fnr, self.clean_error)
         if self.evidence not in get_args(Evidence):
             raise ValueError(f"Unknown evidence {self.evidence!r}: say one of {', '.join(get_args(Evidence))}.")
-        if self.kind not in {"detector", "classifier"}:
+        if self.kind not in get_args(Kind):
             raise ValueError(f"Unknown kind {self.kind!r}: say detector or classifier.")
         if not self.eps > 0:
             raise ValueError(f"eps must be positive, got {self.eps}: give a radius in units of [0, 1], such as 8/255.")

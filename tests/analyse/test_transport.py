@@ -44,7 +44,7 @@ def test_a_pair_collides_at_half_its_distance(norm, distance):
 def test_three_and_seven_of_the_digits():
     # Measured before, independently: 0 at 0.2, 0.175 at 0.45, 0.5 at 0.5, on as many threes as sevens.
     train = data.load("digits", "train")
-    x, labels = np.asarray(train.arrays["x"]) / 255.0, np.asarray(train.arrays["label"])
+    x, labels = train.images / 255.0, train.labels
     threes, sevens = x[labels == 3], x[labels == 7]
     size = min(len(threes), len(sevens))
     bound = [lower_bound(threes[:size], sevens[:size], eps=eps, norm="linf").robust_error for eps in (0.2, 0.45, 0.5)]

@@ -1,6 +1,7 @@
 """The auditor against the paper: its tables, its derivations and its introduction."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -115,8 +116,8 @@ def test_curves_are_monotone_and_within_their_bounds(dataset, norm, as_of):
     radii = np.linspace(1e-3, 1.2 * max(r.eps for r in best_known.reports(dataset, norm, as_of=as_of)), 200)
     found = [best_known.best_known(dataset, norm, eps, as_of=as_of) for eps in radii]
     accuracy = [f.accuracy for f in found if f.accuracy is not None]
-    assert len(accuracy) > 50
-    assert all(a >= b - 1e-12 for a, b in zip(accuracy, accuracy[1:], strict=False))
+    assert len(accuracy) > 20
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(accuracy))
     assert all(f.low <= f.accuracy <= f.high for f in found if f.accuracy is not None)
     later = [best_known.best_known(dataset, norm, eps, as_of=2025) for eps in radii]
     assert all(b.accuracy >= a.accuracy for a, b in zip(found, later, strict=True) if a.accuracy is not None)
