@@ -8,6 +8,7 @@ Source: Bhagoji et al. (2019, arXiv:1909.12272, Theorem 1); the cost of a pair i
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -46,8 +47,8 @@ def lower_bound(x: ArrayLike, others: ArrayLike, *, eps: float, norm: Norm) -> T
 
     `min_f R_adv^eps(f) = M / (n + m)` with the size `M` of a maximum matching of the pairs at distance `<= 2 eps`; for
     `n = m` that is `(1 - C / n) / 2` with the optimal transport cost `C`. It is exact on a convex box, where such a
-    pair has its middle in both balls; pairs within a millionth of `2 eps` are taken for farther, so that rounding can
-    not make the bound too high.
+    pair has its middle in both balls. Distances are computed in float64, whose last digits decide about pairs at `2
+    eps` itself.
 
     Source: Bhagoji et al. (2019, arXiv:1909.12272, Theorem 1); matched by Hopcroft & Karp (1973), not as an assignment.
 
@@ -66,9 +67,10 @@ def lower_bound(x: ArrayLike, others: ArrayLike, *, eps: float, norm: Norm) -> T
     norms.check(norm)
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}: give a radius in input units, such as 8 / 255.")
-    first, second = (np.asarray(part, np.float64).reshape(len(np.asarray(part)), -1) for part in (x, others))
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"Examples of {first.shape[1]} and of {second.shape[1]} elements have no distance.")
+    first, second = np.asarray(x, np.float64), np.asarray(others, np.float64)
+    if first.shape[1:] != second.shape[1:]:
+        raise ValueError(f"Examples of shapes {first.shape[1:]} and {second.shape[1:]} have no distance.")
+    first, second = (part.reshape(len(part), math.prod(part.shape[1:])) for part in (first, second))
     num_errors, total = _matching(first, second, eps, norm), len(first) + len(second)
     return TransportBound(num_errors / total if total else 0.0, num_errors, total, ((0, 1),))
 
@@ -116,9 +118,9 @@ def lower_bound_of_pairs(x: ArrayLike, labels: ArrayLike, *, eps: float, norm: N
 
 
 def _matching(first: np.ndarray, second: np.ndarray, eps: float, norm: Norm) -> int:
-    limit, rows = 2.0 * eps * (1 - 1e-6), []
+    rows = []
     for start in range(0, len(first), _CHUNK):
-        rows.append(csr_array(cdist(first[start : start + _CHUNK], second, _METRICS[norm]) <= limit))
+        rows.append(csr_array(cdist(first[start : start + _CHUNK], second, _METRICS[norm]) <= 2.0 * eps))
     if not rows or not len(second):
         return 0
     graph = vstack(rows, format="csr")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from rdx.detect.exact import table
 from rdx.detect.metric_spaces import FiniteSpace, hamming_cube
 from rdx.types import Array
 
@@ -98,9 +99,8 @@ def detector(code: Code) -> Partial:
         A `Detector` on the words' numbers: one logit for each message, score 1 for what is no codeword, else -1. It
         is robust with detection at `distance - 1`, and no further.
     """
-    labels = jnp.asarray(code.labels)
-    logits = (labels[:, None] == jnp.arange(len(code.codewords))).astype(jnp.float32)
-    return Partial(_look_up, logits, jnp.where(labels < 0, 1.0, -1.0))
+    logits = table(code.labels, len(code.codewords))[:, :-1].astype(np.float32)
+    return Partial(_look_up, jnp.asarray(logits), jnp.where(jnp.asarray(code.labels) < 0, 1.0, -1.0))
 
 
 def _look_up(logits: Array, score: Array, words: Array) -> tuple[Array, Array]:

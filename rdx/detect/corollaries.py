@@ -120,8 +120,10 @@ class SchmidtModel:
         Returns:
             The robust error, in [0, 1/2].
         """
+        if num_samples == 0 or eps == 0:
+            return 0.5 if num_samples == 0 else 0.0
         reach = eps * math.sqrt((self.sigma**2 + num_samples) / num_samples)
-        return 0.5 * math.exp(self.num_features * math.log(max(2.0 * norm.cdf(reach) - 1.0, 1e-300)))
+        return 0.5 * math.exp(self.num_features * np.log1p(-2.0 * norm.sf(reach)))
 
     def num_samples(self, eps: float, *, error: float) -> int:
         """Computes how many examples a classifier needs at least for an expected robust error.

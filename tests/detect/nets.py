@@ -27,8 +27,8 @@ def banded_detector(w, b=0.0):
 
 def _mlp(params, x):
     for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
+        x = jax.nn.relu(x @ w + b[None])
+    return x @ params[-1][0] + params[-1][1][None]
 
 
 def _random_detector(params, x):

@@ -126,19 +126,19 @@ def test_schmidts_limit_by_simulation():
 
 def test_robustness_needs_more_examples_than_accuracy():
     counts = []
-    for d in (10**4, 10**6, 10**8):
-        model = SchmidtModel(d, d**0.25 / 4)
+    for d in (10**6, 10**8, 10**10):
+        model = SchmidtModel(d, 0.6 * d**0.25)
         counts.append(model.num_samples(0.5, error=0.25))
         assert model.limit(counts[-1], 0.5) <= 0.25 < model.limit(counts[-1] - 1, 0.5)
         # eps^2 sigma^2 / (2 log d), to a factor for the constant.
         predicted = 0.25 * model.sigma**2 / (2 * math.log(d))
-        assert 0.7 < counts[-1] / max(predicted, 1.0) < 2.5
+        assert 0.7 < counts[-1] / predicted < 2.0
     assert counts[0] < counts[1] < counts[2]
     # One example is enough for clean accuracy, and far from it for robust accuracy.
-    rng, model = np.random.default_rng(0), SchmidtModel(10**6, 10**1.5 / 4)
+    rng, model = np.random.default_rng(0), SchmidtModel(10**6, 0.6 * 10**1.5)
     theta = rng.standard_normal(10**6)
     sample = theta + model.sigma * rng.standard_normal(10**6)
-    assert model.one_sample_error(theta, sample, 0.0) < 1e-6
+    assert model.one_sample_error(theta, sample, 0.0) < 0.01
     assert model.one_sample_error(theta, sample, 0.5) > 0.49
     assert model.limit(1, 0.5) > 0.49  # nor is any other learner better
     with pytest.raises(ValueError, match="smaller radius"):

@@ -102,6 +102,17 @@ def test_the_compositions_lose_nothing():
     assert not (robust & ~exact.is_robust(exact.reach(distances, eps / 2, again), labels) & is_even).any()
 
 
+def test_the_other_composition_loses_nothing():
+    distances, eps, labels, detector = _spaces("lines", 700)
+    robust = exact.is_robust_with_detection(detector, exact.reach(distances, eps, detector), labels)
+    possible = exact.classify(detector, exact.reach(distances, eps / 2, detector))
+    for select in (np.argmax, lambda sets, axis: NUM_CLASSES - np.argmax(sets[..., ::-1], axis=axis)):
+        classifier = exact.table(select(possible, axis=-1), NUM_CLASSES)
+        again = exact.detect(classifier, exact.reach(distances, eps / 2, classifier))
+        kept = exact.is_robust_with_detection(again, exact.reach(distances, eps, again), labels)
+        assert not (robust & ~kept)[eps % 2 == 0].any()
+
+
 def test_both_counterexamples_to_theorem_5():
     # Two points: the classifier that tells them apart is robust at 1/2, the detector never rejects.
     two = np.array([[0.0, 1.0], [1.0, 0.0]])
