@@ -120,7 +120,8 @@ def lower_bound_of_pairs(x: ArrayLike, labels: ArrayLike, *, eps: float, norm: N
 def _matching(first: np.ndarray, second: np.ndarray, eps: float, norm: Norm) -> int:
     rows = []
     for start in range(0, len(first), _CHUNK):
-        rows.append(csr_array(cdist(first[start : start + _CHUNK], second, _METRICS[norm]) <= 2.0 * eps))
+        distances = cdist(first[start : start + _CHUNK], second, _METRICS[norm])  # pyright: ignore - it takes names
+        rows.append(csr_array(distances <= 2.0 * eps))
     if not rows or not len(second):
         return 0
     graph = vstack(rows, format="csr")

@@ -30,7 +30,7 @@ def test_the_record_is_complete(output):
     record = json.loads((output / "record.json").read_text())
     assert len(record["audits"]["2021"]) == len(record["audits"]["2025"]) == len(record["provenance"]) == 16
     assert {bound["num_examples"] for bound in record["bounds"]} == {100}
-    assert len(list(output.glob("*.png"))) == 5
+    assert len(list(output.glob("*.png"))) == 6
 
 
 def test_unknown_presets_are_refused():
