@@ -80,28 +80,30 @@ def main(arguments: Arguments) -> Audit:
 
 
 def draw(path: str, audits: list[Audit]) -> None:
-    """Puts audits of one data set and norm on the curves of the best known, as of 2021 and as of the last one."""
-    claim = audits[0].claim
-    years = sorted({2021, audits[0].as_of})
-    curves = {f"best known as of {year}": _curve(claim, year, audits) for year in years}
-    names = [
-        f"{found.claim.name or 'claim'} ({100 * found.accuracy:.3g} % at {found.claim.eps:.3g})" for found in audits
-    ]
+    """Puts audits of one data set and norm on the curves of the best known, as of 2021 and as of the audits' year."""
+    claim, years = audits[0].claim, sorted({2021, audits[0].as_of})
+    known = {(r.eps, r.accuracy) for year in years for r in best_known.reports(claim.dataset, claim.norm, as_of=year)}
+    if not known:
+        raise ValueError(f"Nothing is known of classifiers of {claim.dataset} in {claim.norm}: leave out the picture.")
+    curves = {f"best known as of {year}": _curve(claim, year, max(eps for eps, _ in known)) for year in years}
+    points = {
+        f"{found.claim.name or 'the claim'}, {100 * found.accuracy:.3g} %": (found.classifier_eps, found.accuracy)
+        for found in audits
+    }
+    exceeds = [found.verdict == "implies-breakthrough" for found in audits]
     plotting.claims(
-        path, {name: curve for name, curve in curves.items() if curve[0]},
-        {name: (found.classifier_eps, found.accuracy) for name, found in zip(names, audits, strict=True)},
-        marked=[name for name, found in zip(names, audits, strict=True) if found.verdict == "implies-breakthrough"],
+        path, {name: curve for name, curve in curves.items() if curve[0]}, points, reports=sorted(known),
+        marked=[name for name, is_marked in zip(points, exceeds, strict=True) if is_marked],
         x_label=f"{claim.norm} radius of the classifier, half of a detector's",
         heading=f"{claim.dataset}: what detectors claim of classifiers",
     )
 
 
-def _curve(claim: Claim, year: int, audits: list[Audit]) -> tuple[list[float], list[float]]:
-    """Collects the reports that are not superseded, and the audited radii between them."""
-    radii = {report.eps for report in best_known.reports(claim.dataset, claim.norm, as_of=year)}
-    found = [(eps, best_known.best_known(claim.dataset, claim.norm, eps, as_of=year).accuracy)
-             for eps in sorted(radii | {audit.classifier_eps for audit in audits})]
-    known = [(eps, accuracy) for eps, accuracy in found if accuracy is not None]
+def _curve(claim: Claim, year: int, last: float) -> tuple[list[float], list[float]]:
+    """Computes the best known accuracy at many radii, those left out that no year's curve reaches."""
+    radii = [last * i / 400 for i in range(401)]
+    found = [best_known.best_known(claim.dataset, claim.norm, eps, as_of=year).accuracy for eps in radii]
+    known = [(eps, accuracy) for eps, accuracy in zip(radii, found, strict=True) if accuracy is not None]
     return [eps for eps, _ in known], [accuracy for _, accuracy in known]
 
 

@@ -120,7 +120,7 @@ def _radius(eps: float) -> str:
 
 def _reference(found: Audit) -> str:
     known = found.reference
-    return f"{_percent(known.accuracy)}{' (interpolated)' if known.is_interpolated else ''}"
+    return f"{_percent(known.accuracy)}{' interpolated' if known.is_interpolated else ''}"
 
 
 def _table1(table: Sequence[Row], then: Sequence[Audit], now: Sequence[Audit]) -> list[str]:
@@ -172,8 +172,9 @@ def _table2() -> str:
 
 
 def _introduction() -> str:
-    a = claims.audit(Claim("cifar10", "linf", 4 / 255, 0.9, kind="classifier", name="Defence A"), as_of=2021)
-    b = claims.audit(Claim("cifar10", "linf", 8 / 255, 0.9, name="Defence B"), as_of=2021)
+    b = Claim("cifar10", "linf", 8 / 255, 0.9, evidence="adaptive", name="Defence B")
+    a = dataclasses.replace(b, eps=4 / 255, kind="classifier", name="Defence A")
+    a, b = (claims.audit(claim, as_of=2021) for claim in (a, b))
     same = a.reference == b.reference and a.verdict == b.verdict and a.accuracy == b.accuracy
     return f"## The introduction\n\n{a.sentence}\n\n{b.sentence}\n\nThe same claim: {'yes' if same else 'no'}."
 
@@ -182,8 +183,9 @@ def _changes(then: Sequence[Audit], now: Sequence[Audit]) -> str:
     pairs = zip(then, now, strict=True)
     changed = [(a, b) for a, b in pairs if a.verdict != b.verdict]
     lines = [
-        f"- {b.claim.name}, {b.claim.dataset}, {_radius(b.claim.eps)}: {a.verdict} in 2021 ({_reference(a)} %), "
-        f"{b.verdict} in 2025 ({_reference(b)} %, reported {_percent(b.reference.low)} % or better at a larger radius)."
+        f"- {b.claim.name}, {b.claim.dataset}, {_radius(b.claim.eps)}: {a.verdict} in 2021 (known: {_reference(a)}), "
+        f"{b.verdict} in 2025 (known: {_reference(b)}, between {_percent(b.reference.low)} reported at a larger "
+        f"radius and {_percent(b.reference.high)} at a smaller one)."
         for a, b in changed
     ]
     return "\n".join(["## What today's reference changes\n", *(lines or ["Nothing."])])

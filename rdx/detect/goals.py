@@ -59,7 +59,7 @@ def evade(threshold: ArrayLike, *, loss: LossFn = losses.margin) -> Goal:
 
 def _acceptance(threshold: ArrayLike, output: tuple[Array, Array], labels: Array) -> Array:
     del labels
-    return threshold - output[1]
+    return jnp.asarray(threshold) - output[1]
 
 
 def _is_accepted(threshold: ArrayLike, output: tuple[Array, Array], labels: Array) -> Array:
@@ -69,7 +69,7 @@ def _is_accepted(threshold: ArrayLike, output: tuple[Array, Array], labels: Arra
 
 def _evasion(loss: Partial, threshold: ArrayLike, output: tuple[Array, Array], labels: Array) -> Array:
     logits, score = output
-    return jnp.minimum(loss(logits, labels), threshold - score)
+    return jnp.minimum(loss(logits, labels), jnp.asarray(threshold) - score)
 
 
 def _evades(threshold: ArrayLike, output: tuple[Array, Array], labels: Array) -> Array:

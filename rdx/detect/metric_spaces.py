@@ -162,7 +162,7 @@ def has_midpoints(distances: np.ndarray, eps: ArrayLike) -> np.ndarray:
     """
     eps = np.asarray(eps)[..., None, None]
     near = (2.0 * distances <= eps).astype(np.float32)
-    return ((distances > eps) | (near @ near.swapaxes(-1, -2) > 0)).all(axis=(-1, -2))
+    return np.asarray(((distances > eps) | (near @ near.swapaxes(-1, -2) > 0)).all(axis=(-1, -2)))
 
 
 def finite_space(distances: np.ndarray) -> FiniteSpace:
