@@ -3,6 +3,7 @@
 import importlib.resources
 
 import pytest
+
 from rdx.detect import best_known
 
 
