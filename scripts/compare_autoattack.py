@@ -7,8 +7,11 @@
 
 `train` and `ours` need RDX_DATA_DIR with the published files of MNIST and CIFAR-10, `theirs` only what `train` wrote.
 Both sides run the standard version: APGD-CE, APGD-T and FAB-T with 100 steps, nine targets, Square with 5,000 queries;
-each attack meets the images that still stand. Every batch is kept in `--work` after each of its attacks, so a run that
-was interrupted goes on. `table` writes table.md and record.json to experiments/results/autoattack/.
+each attack meets the images that still stand. With `--each` every one of `--attacks`, each with one restart, meets all
+images that are classified right. Every batch is kept in `--work` after each of its attacks, so a run that was
+interrupted goes on. `table` writes table.md and record.json to experiments/results/autoattack/.
+
+Our squares reach the last row and column, as in the paper, the original's code never does: `--spare-last` runs ours so.
 
 The nets: two convolutions of 4 x 4 with stride 2 and a hidden layer of 100, trained for a few minutes by adversarial
 training (Madry et al. 2018). They are meant to have robust accuracies far from 0 and 100 %, no more.
@@ -27,7 +30,8 @@ import _bench
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("clean", "apgd-ce", "apgd-t", "fab-t", "square")
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+ATTACKS = (*STANDARD, "apgd-dlr", "fab")
 
 
 class Task(NamedTuple):
@@ -100,16 +104,20 @@ def _in_order(params):
     return [params[name] for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1")]
 
 
-def our_side(task, arrays, norm):
+def our_side(task, arrays, norm, options):
     """Builds `(stage, x, labels, index) -> which images still stand`."""
     import jax
     from jax.tree_util import Partial
 
+    from rdx import goals, losses
+    from rdx.attacks import apgd, fab
     from rdx.attacks.autoattack import cascade, suite
     from rdx.balls import Ball
 
     params = [tuple(arrays[f"ours.{i}.{j}"] for j in range(2)) for i in range(len(task.net.layers))]
-    logits_fn, attacks = Partial(task.net.logits, params), suite(norm)
+    logits_fn, attacks = Partial(task.net.logits, params), suite(norm, num_queries=options.queries)
+    attacks |= {"apgd-dlr": functools.partial(apgd, goal=goals.misclassify(losses.dlr)), "fab": fab}
+    attacks["square"] = functools.partial(attacks["square"], spare_last=options.spare_last)
 
     def run(name, x, labels, index):
         if name == "clean":
@@ -122,7 +130,7 @@ def our_side(task, arrays, norm):
     return run
 
 
-def their_side(task, arrays, norm):
+def their_side(task, arrays, norm, options):
     """Builds the same from the original code."""
     try:
         import torch
@@ -139,7 +147,7 @@ def their_side(task, arrays, norm):
         if name == "clean":
             return (net(images).argmax(dim=1) == classes).numpy()
         adversary = AutoAttack(net, norm.capitalize(), task.eps[norm], seed=0, verbose=False, device="cpu")
-        adversary.attacks_to_run = [name]
+        adversary.attacks_to_run, adversary.square.n_queries = [name], options.queries
         _, predictions = adversary.run_standard_evaluation(images, classes, bs=len(x), return_labels=True)
         return (predictions == classes).numpy()
 
@@ -153,12 +161,12 @@ def evaluate(side, name, norm, options):
     """Runs one side's attacks on every batch, and keeps which images stand after each."""
     with np.load(options.work / f"{name}.npz") as file:
         arrays = dict(file)
-    run = SIDES[side](TASKS[name], arrays, norm)
+    run = SIDES[side](TASKS[name], arrays, norm, options)
     for first in range(0, options.images, options.batch):
-        path = options.work / f"{name}-{norm}-{side}-{first}.json"
+        path = _path(side, name, norm, first, options)
         record = json.loads(path.read_text()) if path.exists() else {"standing": {}, "seconds": {}}
         rows = np.arange(first, min(first + options.batch, options.images), dtype=np.int32)
-        for stage in STAGES:
+        for stage in _stages(options):
             if stage not in record["standing"]:
                 start = time.perf_counter()
                 stands = run(stage, arrays["x"][rows], arrays["labels"][rows], rows) if len(rows) else []
@@ -167,16 +175,28 @@ def evaluate(side, name, norm, options):
                 path.write_text(json.dumps(record))
                 left, taken = len(record["standing"][stage]), record["seconds"][stage]
                 print(f"{side} {name} {norm} {first} {stage}: {left} of {len(rows)} stand, {taken:.0f} s", flush=True)
-            rows = np.array(record["standing"][stage], np.int32)
+            if stage == "clean" or not options.each:
+                rows = np.array(record["standing"][stage], np.int32)
+
+
+def _stages(options):
+    return ("clean", *options.attacks)
+
+
+def _path(side, name, norm, first, options):
+    # What differs from the standard setting has files of its own.
+    marks = ("-each" if options.each else "") + (f"-{options.queries}" if options.queries != 5000 else "")
+    marks += "-spared" if options.spare_last and side == "ours" else ""
+    return options.work / f"{name}-{norm}-{side}{marks}-{first}.json"
 
 
 def read(side, name, norm, options):
     """Reads `stage -> (places of the images that stand, seconds)`; None where something is missing."""
-    found = {stage: (set(), 0.0) for stage in STAGES}
+    found = {stage: (set(), 0.0) for stage in _stages(options)}
     for first in range(0, options.images, options.batch):
-        path = options.work / f"{name}-{norm}-{side}-{first}.json"
+        path = _path(side, name, norm, first, options)
         record = json.loads(path.read_text()) if path.exists() else {"standing": {}}
-        if set(record["standing"]) != set(STAGES):
+        if not set(record["standing"]) >= set(found):
             return None
         for stage, (standing, seconds) in found.items():
             found[stage] = standing | set(record["standing"][stage]), seconds + record["seconds"][stage]
@@ -190,11 +210,11 @@ def rows_of(name, norm, options):
         print(f"{name} {norm}: not finished", file=sys.stderr)
         return []
     rows = []
-    for stage in STAGES:
+    for stage in _stages(options):
         (our_rows, our_seconds), (their_rows, their_seconds) = ours[stage], theirs[stage]
         ours_percent, theirs_percent = (100.0 * len(standing) / options.images for standing in (our_rows, their_rows))
         rows.append({
-            "net": name, "ball": f"{norm} {TASKS[name].eps[norm]:.4g}", "after": stage,
+            "net": name, "ball": f"{norm} {TASKS[name].eps[norm]:.4g}", ("attack" if options.each else "after"): stage,
             "rdx %": round(ours_percent, 2), "original %": round(theirs_percent, 2),
             "difference": round(ours_percent - theirs_percent, 2), "stand for rdx only": len(our_rows - their_rows),
             "stand for the original only": len(their_rows - our_rows), "rdx s": round(our_seconds, 1),
@@ -210,7 +230,9 @@ def table(options):
         return
     settings = {
         "images": f"the first {options.images} test images, batches of {options.batch}",
-        "attacks": "standard version of both, each attack on what still stands",
+        "attacks": "one restart, each attack on all images" if options.each
+        else "standard version of both, each attack on what still stands",
+        "squares": f"{options.queries} queries, {'sparing' if options.spare_last else 'reaching'} the last row in rdx",
         "nets": ", ".join(
             f"{name}: {task.num_steps} steps of PGD-{task.attack_steps} training, linf {task.trained_eps:.4g}"
             for name, task in TASKS.items() if name in options.nets
@@ -234,6 +256,10 @@ def main():
     parser.add_argument("--norms", nargs="+", choices=["linf", "l2"], default=["linf"])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(STANDARD))
+    parser.add_argument("--each", action="store_true", help="run each attack on all images, not on what still stands")
+    parser.add_argument("--queries", type=int, default=5000, help="of Square")
+    parser.add_argument("--spare-last", action="store_true", help="our squares never reach the last row and column")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "autoattack")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "autoattack")
     options = parser.parse_args()

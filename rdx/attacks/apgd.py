@@ -236,11 +236,6 @@ def step(context: Context, state: State, i: Array) -> State:
     return state if context.schedule.radius is None else _change_stage(context, state, i)
 
 
-def finish(context: Context, state: State) -> base.Found:
-    """Evaluates the last point."""
-    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
-
-
 def _ball_at(context: Context, i: ArrayLike) -> Ball:
     ball, radius = context.problem.ball, context.schedule.radius
     if radius is None:
@@ -301,4 +296,4 @@ def _start(context: Context, keys: Key, found: base.Found) -> State:
     return start(context, keys, found, context.problem.goal.data)
 
 
-_METHOD = driver.Method(_start, step, finish)
+_METHOD = driver.Method(_start, step, base.evaluate_last)

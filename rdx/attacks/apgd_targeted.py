@@ -1,15 +1,14 @@
 """Targeted Auto-PGD: one search towards each likely class, for any misclassification (arXiv:2003.01690)."""
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rdx import losses
-from rdx.attacks import base, driver
-from rdx.attacks.apgd import Context, State, finish, prepare, start, step
+from rdx.attacks import base, driver, minimal
+from rdx.attacks.apgd import Context, State, prepare, start, step
 from rdx.balls import Ball
 from rdx.goals import Goal
-from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
+from rdx.types import ArrayLike, AttackResult, Key, LogitsFn
 
 
 def apgd_targeted(
@@ -54,33 +53,29 @@ def apgd_targeted(
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     if num_targets < 1 or num_restarts < 1:
         raise ValueError(f"num_targets={num_targets} and num_restarts={num_restarts} must both be at least 1.")
-    targets = base.call(_ranking, problem)[:, :num_targets]
+    targets = minimal.other_classes(problem)[:, :num_targets]
     context = prepare(
         problem._replace(data=targets), Partial(losses.targeted_dlr), num_steps, rho=rho, alpha=alpha,
         larger_radii=larger_radii,
     )
+    # The clean logits were computed twice; no search has been made yet.
+    found = found._replace(forwards=found.forwards + 1, memory=0 * found.forwards)
     found, trace = driver.run(
-        _METHOD, context, base.example_keys(key, problem.x, index), found._replace(forwards=found.forwards + 1),
-        num_steps=context.schedule.num_steps, num_restarts=targets.shape[1] * num_restarts, stops=True, loop=loop,
+        _METHOD, context, base.example_keys(key, problem.x, index), found, num_steps=context.schedule.num_steps,
+        num_restarts=targets.shape[1] * num_restarts, stops=True, loop=loop,
     )
     return base.report(problem, found, trace)
 
 
-def _ranking(problem: base.Problem) -> Array:
-    """Lists the classes but the label by falling clean logit, shape `[B, K - 1]`."""
-    logits = problem.logits_fn(problem.x)
-    if not isinstance(logits, jax.Array) or logits.ndim != 2:
-        raise ValueError("apgd_targeted needs a model that returns logits [B, K]; apgd attacks any output.")
-    is_label = jnp.arange(logits.shape[1])[None, :] == problem.labels[:, None].astype(jnp.int32)
-    return jnp.argsort(jnp.where(is_label, -jnp.inf, logits), axis=1, descending=True)[:, :-1]
-
-
 def _start(context: Context, keys: Key, found: base.Found) -> State:
-    targets = context.problem.data
-    # Every search before this one has cost those that still run one gradient a step.
-    turn = found.gradients // context.schedule.num_steps
+    targets, turn = context.problem.data, found.memory
     target = jnp.take_along_axis(targets, (turn % targets.shape[1])[:, None], axis=1)[:, 0]
     return start(context, keys, found, (target,))
 
 
-_METHOD = driver.Method(_start, step, finish)
+def _finish(context: Context, state: State) -> base.Found:
+    found = base.evaluate_last(context, state)
+    return found._replace(memory=found.memory + 1)
+
+
+_METHOD = driver.Method(_start, step, _finish)

@@ -49,6 +49,7 @@ class Found(NamedTuple):
     best: Candidate
     forwards: Array  # [B], int32
     gradients: Array  # [B], int32; each one forward and one backward pass, not counted in `forwards`
+    memory: PyTree = ()  # what else an attack carries from one restart to the next; batch axis first
 
 
 def example_keys(key: Key, x: Array, index: ArrayLike | None = None) -> Key:
@@ -262,7 +263,14 @@ def spend(
     Returns:
         The strongest input and the sums.
     """
-    return Found(keep(found.best, new), found.forwards + forwards, found.gradients + gradients)
+    return found._replace(
+        best=keep(found.best, new), forwards=found.forwards + forwards, gradients=found.gradients + gradients
+    )
+
+
+def evaluate_last(context: Any, state: Any) -> Found:
+    """Evaluates the point that the last step has made: the `finish` of attacks that evaluate before they move."""
+    return spend(state.found, evaluate(context.problem, state.point), forwards=1)
 
 
 def choose(where: Array, new: _Tree, old: _Tree) -> _Tree:
@@ -273,14 +281,13 @@ def choose(where: Array, new: _Tree, old: _Tree) -> _Tree:
 def report(problem: Problem, found: Found, trace: Trace | None = None) -> AttackResult:
     """Builds the result of an attack at a fixed radius."""
     best = found.best
-    distance = problem.ball.distance(best.x, problem.x)
+    distance = call(_distance, problem.ball, best.x, problem.x)
     return AttackResult(best.x, best.success, distance, best.loss, found.forwards, found.gradients, trace)
 
 
 def report_nearest(problem: Problem, found: Found, clean: Candidate, trace: Trace | None = None) -> AttackResult:
     """Builds the result of a minimal-norm attack: the clean input where nothing adversarial lies within `ball.eps`."""
-    is_within = found.best.success & problem.ball.contains(found.best.x, problem.x)
-    return report(problem, found._replace(best=choose(is_within, found.best, clean)), trace)
+    return report(problem, found._replace(best=call(_within, problem.ball, problem.x, found.best, clean)), trace)
 
 
 def limit(result: AttackResult, x: Array, ball: Ball) -> Array:
@@ -298,6 +305,14 @@ def limit(result: AttackResult, x: Array, ball: Ball) -> Array:
         Inputs in ball and box, shape `[B, ...]`.
     """
     return jnp.where(norms.expand(ball.contains(result.x_adv, x), x), result.x_adv, x)
+
+
+def _distance(ball: Ball, point: Array, x: Array) -> Array:
+    return ball.distance(point, x)
+
+
+def _within(ball: Ball, x: Array, best: Candidate, clean: Candidate) -> Candidate:
+    return choose(best.success & ball.contains(best.x, x), best, clean)
 
 
 def _forward(problem: Problem, x: Array) -> tuple[PyTree, Candidate]:

@@ -75,6 +75,10 @@ def boundary(
     arXiv:1912.11852) and the authors' code. Differences: the nearest success is returned, which the clipped last one
     need not be; the walk does not stop at convergence. One step of the driver is one query of every example.
 
+    The defaults are those of RealSafe, made for images and 20,000 queries: windows of 100 and 30 outcomes adapt a step
+    a few times in 2,000. On linear classifiers of 12 dimensions these end 1.35 to 1.61 times the least norm away, 1.01
+    to 1.05 with `spherical_step=0.1`: with few queries or dimensions take that.
+
     Args:
         key: one key; example `i` uses it folded with `index[i]`.
         logits_fn: `x [B, ...] -> logits [B, K]`.

@@ -112,8 +112,4 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     return _State(point, norm, minimal.spend(problem, state.found, seen, gradients=1))
 
 
-def _finish(context: _Context, state: _State) -> base.Found:
-    return minimal.spend(context.problem, state.found, base.evaluate(context.problem, state.point), forwards=1)
-
-
-_METHOD = driver.Method(_start, _step, _finish, minimal.is_within)
+_METHOD = driver.Method(_start, _step, minimal.evaluate_last, minimal.is_within)

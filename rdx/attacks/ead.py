@@ -46,8 +46,9 @@ def ead(
 
     where `S` moves every element by `beta` towards `x`, and not beyond, and into the box, and `a_k = step_size *
     sqrt(1 - k / num_steps)`. The constant `c` of each example is searched for as in `cw`. The smaller the
-    inputs, the greater should `beta` be: for the least l1 norm of 8x8 digits 0.1 finds 0.7 of what the default finds.
-    For the least l2 norm it should be 0; then nothing is shrunk.
+    inputs, the greater should `beta` be: for the least l1 norm of 8x8 digits 0.1 finds 0.7 of what the default finds,
+    and on linear classifiers of 12 dimensions 1.004 instead of 1.15 times the least. The default stays the authors',
+    with which results are published. For the least l2 norm `beta` should be 0; then nothing is shrunk.
 
     Source: Chen et al. (2018, arXiv:1709.04114, Algorithm 1). The defaults are those of the authors' code but
     for the length of a round, which is 10,000 there and ends early when the objective stops falling. Differences: `y_k`

@@ -88,8 +88,4 @@ def _normalise(gradient: Array) -> Array:
     return scaled / norms.expand(jnp.maximum(norms.l1(scaled), 1.0), gradient)
 
 
-def _finish(context: _Context, state: _State) -> base.Found:
-    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
-
-
-_METHOD = driver.Method(_start, _step, _finish)
+_METHOD = driver.Method(_start, _step, base.evaluate_last)

@@ -52,6 +52,11 @@ def spend(problem: base.Problem, found: base.Found, new: base.Candidate, **cost:
     return base.spend(found, new, keep=partial(base.nearer, problem), **cost)
 
 
+def evaluate_last(context: Any, state: Any) -> base.Found:
+    """Evaluates the point that the last step has made, as `base.evaluate_last`; the nearest success is the best."""
+    return spend(context.problem, state.found, base.evaluate(context.problem, state.point), forwards=1)
+
+
 def is_within(context: Any, found: base.Found) -> Array:
     """Tells which examples have a success in the ball, shape `[B]`: more would not change success at this radius."""
     problem: base.Problem = context.problem
@@ -76,7 +81,7 @@ def other_classes(problem: base.Problem) -> Array:
 def _rank_others(problem: base.Problem) -> Array:
     logits = problem.logits_fn(problem.x)
     if not isinstance(logits, jax.Array) or logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError("The model does not return logits [B, K] of classes to choose from: give a goal instead.")
+        raise ValueError("The model does not return logits [B, K] of classes to choose from: apgd attacks any output.")
     is_label = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == problem.labels[:, None].astype(jnp.int32)
     order = jnp.argsort(jnp.where(is_label, -jnp.inf, logits), axis=1, descending=True)
     return order[:, :-1].astype(jnp.int32)

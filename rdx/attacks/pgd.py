@@ -82,8 +82,5 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     return _State(point, base.spend(state.found, seen, gradients=1))
 
 
-def _finish(context: _Context, state: _State) -> base.Found:
-    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
-
-
-_FROM_RANDOM, _FROM_CLEAN = (driver.Method(start, _step, _finish) for start in (_start_at_random, _start_at_clean))
+_FROM_RANDOM = driver.Method(_start_at_random, _step, base.evaluate_last)
+_FROM_CLEAN = driver.Method(_start_at_clean, _step, base.evaluate_last)

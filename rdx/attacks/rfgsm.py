@@ -76,8 +76,4 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     return _State(point, base.spend(state.found, seen, gradients=1))
 
 
-def _finish(context: _Context, state: _State) -> base.Found:
-    return base.spend(state.found, base.evaluate(context.problem, state.point), forwards=1)
-
-
-_METHOD = driver.Method(_start, _step, _finish)
+_METHOD = driver.Method(_start, _step, base.evaluate_last)

@@ -23,6 +23,7 @@ _TINY = 1e-12
 class _Context(NamedTuple):
     problem: base.Problem
     sides: Array  # [num_steps], int
+    spared: Array  # last rows and columns that no square reaches, int
 
 
 class _State(NamedTuple):
@@ -74,7 +75,7 @@ def schedule(
 def square(
     key: Key, logits_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball, goal: Goal | None = None,
     index: ArrayLike | None = None, num_steps: int = 5000, num_restarts: int = 1, p_init: float = 0.8,
-    rescale_schedule: bool = False, loop: driver.Loop = driver.AUTO,
+    rescale_schedule: bool = False, spare_last: bool = False, loop: driver.Loop = driver.AUTO,
 ) -> AttackResult:
     """Searches at random: changes one square at a time and keeps what raises the loss or reaches the goal.
 
@@ -84,8 +85,10 @@ def square(
 
     Source: Andriushchenko et al. (2020, arXiv:1912.00049, Algorithms 1-3); l1, the sizes of squares and the defaults as
     in AutoAttack (Croce & Hein 2020, arXiv:2003.01690), whose code runs 5,000 iterations of a schedule made for 10,000.
-    Its code draws one position and one pattern for the whole batch, here each example has its own; its positions never
-    reach the last row and column, here they do, as in the paper.
+    Its code draws one position and one pattern for the whole batch, here each example has its own, which changes no
+    example's chances; its squares never reach the last row and column, here they do, as in the paper. That counts: of
+    1,000 MNIST images (linf 0.25, a net trained by PGD, after the other attacks of AutoAttack) 26.1, 26.1 and 25.8 %
+    stand for three keys, with `spare_last` 27.3, 27.0 and 27.1 %, and 27.4 and 27.3 % for two seeds of the code.
 
     Args:
         key: one key; example `i` uses it folded with `index[i]`, restart `r` folds that with `r`.
@@ -100,6 +103,7 @@ def square(
         num_restarts: number of random starts.
         p_init: share of the elements that is changed at first; the paper tunes it, to 0.05 (linf) and 0.1 (l2) on
             ImageNet.
+        spare_last: whether squares never reach the last row and column, as in AutoAttack's code.
         rescale_schedule: whether iteration `i` takes the square of `10000 i / num_steps`, as in the paper.
         loop: see `rdx.attacks.driver.Loop`; examples stop at success by default.
 
@@ -117,9 +121,10 @@ def square(
     iterations = np.arange(num_steps)
     iterations = iterations * 10_000 // num_steps if rescale_schedule else iterations
     _, sides = schedule(iterations, height, width, norm=ball.norm, p_init=p_init)
+    context = _Context(problem, jnp.asarray(sides, jnp.int32), jnp.asarray(spare_last, jnp.int32))
     found, trace = driver.run(
-        _METHOD, _Context(problem, jnp.asarray(sides, jnp.int32)), base.example_keys(key, problem.x, index), found,
-        num_steps=num_steps, num_restarts=num_restarts, stops=True, loop=loop,
+        _METHOD, context, base.example_keys(key, problem.x, index), found, num_steps=num_steps,
+        num_restarts=num_restarts, stops=True, loop=loop,
     )
     return base.report(problem, found, trace)
 
@@ -149,13 +154,14 @@ def _start(context: _Context, keys: Key, found: base.Found) -> _State:
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     ball, x = context.problem.ball, context.problem.x
-    keys, side, shape = base.fold(state.keys, i), context.sides[i], _image_shape(x)
+    keys, side, spared, shape = base.fold(state.keys, i), context.sides[i], context.spared, _image_shape(x)
     if ball.norm == "linf":
-        signs = jax.vmap(lambda key: _signed_square(key, shape, side, x.dtype))(keys)
+        signs = jax.vmap(lambda key: _signed_square(key, shape, side, spared, x.dtype))(keys)
         point = _at_limits(ball, x, state.current.x, signs)
     else:
         delta = _in_radii(ball, state.current.x, x).reshape(len(x), *shape)
-        point = _at_radius(ball, x, jax.vmap(lambda key, delta: _move_mass(key, delta, side, ball.norm))(keys, delta))
+        move = jax.vmap(lambda key, delta: _move_mass(key, delta, side, spared, ball.norm))
+        point = _at_radius(ball, x, move(keys, delta))
     seen = base.evaluate(context.problem, point)
     return _State(state.keys, base.better(state.current, seen), base.spend(state.found, seen, forwards=1))
 
@@ -182,17 +188,20 @@ def _at_radius(ball: Ball, x: Array, delta: Array) -> Array:
     return jnp.clip(x + radius * unit, low, high)
 
 
-def _signed_square(key: Key, shape: tuple[int, ...], side: Array, dtype: jnp.dtype) -> Array:
+def _signed_square(key: Key, shape: tuple[int, ...], side: Array, spared: Array, dtype: jnp.dtype) -> Array:
     where, what = jax.random.split(key)
     signs = jax.random.rademacher(what, (1, 1, shape[2]), dtype)
-    return jnp.where(_covers(_place(where, shape, side), shape), signs, 0.0)
+    return jnp.where(_covers(_place(where, shape, side, spared), shape), signs, 0.0)
 
 
-def _place(key: Key, shape: tuple[int, ...], side: Array) -> _Patch:
-    """Draws where a square lies in an image `[H, W, C]`; it is no longer than the image along either axis."""
+def _place(key: Key, shape: tuple[int, ...], side: Array, spared: Array) -> _Patch:
+    """Draws where a square lies in an image `[H, W, C]`; it is no longer than the image along either axis.
+
+    It ends before the last `spared` rows and columns, unless it is so long that it must reach them.
+    """
     sizes = [jnp.minimum(side, length) for length in shape[:2]]
     row, column = (
-        jax.random.randint(key, (), 0, length - size + 1)
+        jax.random.randint(key, (), 0, jnp.maximum(length - size + 1 - spared, 1))
         for key, length, size in zip(jax.random.split(key), shape[:2], sizes, strict=True)
     )
     return _Patch(row, column, *sizes)
@@ -207,12 +216,12 @@ def _covers(patch: _Patch, shape: tuple[int, ...]) -> Array:
     return ((rows >= 0) & (rows < patch.height) & (columns >= 0) & (columns < patch.width))[:, :, None]
 
 
-def _move_mass(key: Key, delta: Array, side: Array, norm: Norm) -> Array:
+def _move_mass(key: Key, delta: Array, side: Array, spared: Array, norm: Norm) -> Array:
     """Moves mass of a perturbation `[H, W, C]`, in units of the radius, from a second window into a first one."""
     shape = delta.shape
     first_key, second_key, pattern_key, sign_key = jax.random.split(key, 4)
-    patch = _place(first_key, shape, side)
-    first, second = _covers(patch, shape), _covers(_place(second_key, shape, side), shape)
+    patch = _place(first_key, shape, side, spared)
+    first, second = _covers(patch, shape), _covers(_place(second_key, shape, side, spared), shape)
     old = jnp.where(first, delta, 0.0)
     pattern = _pattern(pattern_key, *_offsets(patch, shape), patch.height, patch.width, norm, delta.dtype)
     signs = jax.random.rademacher(sign_key, (1, 1, shape[2]), delta.dtype)

@@ -1,14 +1,13 @@
 """Zeroth order optimisation, ZOO-ADAM (Chen et al. 2017, arXiv:1708.03999)."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rdx import goals, losses, norms
-from rdx.attacks import base, driver, estimate
+from rdx.attacks import base, driver, estimate, minimal, penalty
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
@@ -32,19 +31,10 @@ class _Descent(NamedTuple):
     counts: Array  # gradients that each element has seen
 
 
-class _Search(NamedTuple):
-    """The search for the constant, all `[B]`."""
-
-    c: Array
-    low: Array  # greatest that failed, 0 at first
-    high: Array  # least that succeeded, inf at first
-    has_succeeded: Array  # whether the present one has
-
-
 class _State(NamedTuple):
     keys: Key
     descent: _Descent
-    search: _Search
+    search: penalty.Search
     found: base.Found
 
 
@@ -97,32 +87,31 @@ def zoo(
     if num_steps < 1 or num_searches < 1:
         raise ValueError(f"num_steps={num_steps} and num_searches={num_searches} must both be at least 1.")
     goal = goals.misclassify(losses.margin) if goal is None else goal
-    problem, found = base.begin(logits_fn, x, labels, ball, goal)
+    problem, clean = base.begin(logits_fn, x, labels, ball, goal)
     numbers = (jnp.asarray(value, problem.x.dtype) for value in (initial_c, confidence, step_size, difference))
     coordinates = jnp.arange(min(num_coordinates, math.prod(problem.x.shape[1:])))
-    clean = found.best
     found, trace = driver.run(
         _METHOD, _Context(problem, coordinates, jnp.asarray(num_steps, jnp.int32), *numbers),
-        base.example_keys(key, problem.x, index), found, num_steps=num_steps * num_searches, loop=loop,
+        base.example_keys(key, problem.x, index), clean, num_steps=num_steps * num_searches, loop=loop,
     )
-    return base.report_nearest(problem, found, clean, trace)
+    return base.report_nearest(problem, found, clean.best, trace)
 
 
 def _start(context: _Context, keys: Key, found: base.Found) -> _State:
     still = 0.0 * norms.flatten(context.problem.x)
-    zero, never = still.sum(axis=1), found.best.success & ~found.best.success
     descent = _Descent(still, estimate.Moments(still, still), still)
-    return _State(keys, descent, _Search(context.initial_c + zero, zero, zero + jnp.inf, never), found)
+    return _State(keys, descent, penalty.first_round(context.problem, context.initial_c), found)
 
 
 def _step(context: _Context, state: _State, i: Array) -> _State:
     problem = context.problem
     is_fresh = (i > 0) & (i % context.num_steps == 0)
-    fresh = jax.tree.map(jnp.zeros_like, state.descent), _next(state.search)
+    fresh = jax.tree.map(jnp.zeros_like, state.descent), penalty.next_round(state.search)
     descent, search = jax.tree.map(lambda new, old: jnp.where(is_fresh, new, old), fresh, (state.descent, state.search))
 
     chosen = _choose(context, base.fold(state.keys, i))
-    gradient = 2.0 * descent.delta + norms.expand(search.c, descent.delta) * _slopes(context, descent.delta, chosen)
+    slopes = _slopes(context, descent.delta, chosen)
+    gradient = 2.0 * descent.delta + norms.expand(search.constant, slopes) * slopes
     is_chosen = chosen.any(axis=1)
     counts = descent.counts + is_chosen.astype(gradient.dtype)
     moments, direction = estimate.adam(descent.moments, gradient, jnp.maximum(counts, 1.0))
@@ -132,16 +121,9 @@ def _step(context: _Context, state: _State, i: Array) -> _State:
     )
     seen = base.evaluate(problem, problem.x + delta.reshape(problem.x.shape))
     spent = 2 * len(context.coordinates) + 1
-    found = base.spend(state.found, seen, forwards=spent, keep=partial(base.nearer, problem))
+    found = minimal.spend(problem, state.found, seen, forwards=spent)
     search = search._replace(has_succeeded=search.has_succeeded | seen.success)
     return _State(state.keys, _Descent(delta, moments, counts), search, found)
-
-
-def _next(search: _Search) -> _Search:
-    low = jnp.where(search.has_succeeded, search.low, search.c)
-    high = jnp.where(search.has_succeeded, search.c, search.high)
-    c = jnp.where(jnp.isinf(high), 10.0 * search.c, 0.5 * (low + high))
-    return _Search(c, low, high, jnp.zeros_like(search.has_succeeded))
 
 
 def _choose(context: _Context, keys: Key) -> Array:
@@ -169,13 +151,8 @@ def _slopes(context: _Context, delta: Array, chosen: Array) -> Array:
 
 
 def _in_box(problem: base.Problem, delta: Array) -> Array:
-    x = problem.x
-    low, high = (norms.flatten(jnp.broadcast_to(end, x.shape) - x) for end in (problem.ball.low, problem.ball.high))
+    low, high = (norms.flatten(end - problem.x) for end in minimal.limits(problem))
     return jnp.clip(delta, low, high)
 
 
-def _is_near(context: _Context, found: base.Found) -> Array:
-    return found.best.success & context.problem.ball.contains(found.best.x, context.problem.x)
-
-
-_METHOD = driver.Method(_start, _step, done=_is_near)
+_METHOD = driver.Method(_start, _step, done=minimal.is_within)

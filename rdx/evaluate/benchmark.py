@@ -20,7 +20,7 @@ from rdx.balls import Ball
 from rdx.evaluate import shared
 from rdx.evaluate.diagnostics import diagnose
 from rdx.evaluate.shared import Attack
-from rdx.types import Array, ArrayLike, Key, LogitsFn
+from rdx.types import Array, ArrayLike, Key, LogitsFn, RandomLogitsFn
 
 
 class ContradictionError(AssertionError):
@@ -69,7 +69,7 @@ def evaluate(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
     method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
-    checkpoint: str | Path | None = None, is_diagnosed: bool = True,
+    checkpoint: str | Path | None = None, is_diagnosed: bool = True, random_fn: RandomLogitsFn | None = None,
 ) -> Evaluation:
     """Evaluates a classifier on inputs that may have been defended already.
 
@@ -93,6 +93,8 @@ def evaluate(
         checkpoint: a file in which certificates and every finished batch of attacks are kept; an evaluation that was
             interrupted goes on from there, and the file disappears at the end.
         is_diagnosed: whether the first examples are searched for signs that the attacked error is an illusion.
+        random_fn: `(keys [B], x) -> logits`, a random model that `logits_fn` stands for, by the mean of some draws say.
+            It is diagnosed in its place, but for the certificates, which are of `logits_fn`.
 
     Returns:
         Per-example results.
@@ -125,7 +127,10 @@ def evaluate(
     diagnosis = None
     if is_diagnosed:
         report("diagnose", 0, 1)
-        told = diagnose(shared.key_of(key, "diagnosis"), logits_fn, x, label, ball=ball, certified=certified)
+        told = diagnose(
+            shared.key_of(key, "diagnosis"), logits_fn if random_fn is None else random_fn, x, label, ball=ball,
+            is_random=random_fn is not None, certified=certified if random_fn is None else None,
+        )
         diagnosis = told.summary()
         report("diagnose", 1, 1)
     store.clear()

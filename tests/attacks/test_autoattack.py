@@ -32,9 +32,9 @@ def _batch(model, num=24):
     return x, labels.at[:2].set((labels[:2] + 1) % 2)
 
 
-@pytest.mark.parametrize(
-    ("version", "norm"), [("standard", "linf"), ("standard", "l2"), ("standard", "l1"), ("plus", "linf")]
-)
+@pytest.mark.parametrize(("version", "norm"), [
+    ("standard", "linf"), pytest.param("standard", "l2", marks=pytest.mark.slow), ("standard", "l1"), ("plus", "linf"),
+])
 def test_an_example_falls_to_the_first_attack_that_breaks_it(norm, version, key):
     model = _model()
     (x, labels), ball = _batch(model), Ball(norm, EPS[norm])
@@ -85,7 +85,7 @@ def test_each_attack_meets_what_still_stands_and_is_judged_by_the_model(key):
     np.testing.assert_array_equal(result.gradients, np.minimum(expected + 1, 3))
 
 
-@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("num_classes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_few_classes(num_classes, key):
     model = _model(num_classes)
     x, labels = _batch(model)

@@ -378,12 +378,3 @@ def test_zoo_estimates_the_gradient_in_distinct_free_coordinates():
     # Differences of float32 losses over 2e-3.
     np.testing.assert_allclose(slopes, jnp.where(chosen.any(axis=1), true, 0.0), atol=5e-3)
     assert (jnp.abs(slopes) > 0.1).any()
-
-
-def test_zoo_searches_its_constant():
-    search = zoo._Search(*(jnp.array(row) for row in ([1.0, 2.0, 4.0], [0.0, 0.0, 2.0], [jnp.inf, 3.0, 6.0])), None)
-    new = zoo._next(search._replace(has_succeeded=jnp.array([False, False, True])))
-    np.testing.assert_allclose(new.c, [10.0, 2.5, 3.0])
-    np.testing.assert_allclose(new.low, [1.0, 2.0, 2.0])
-    np.testing.assert_allclose(new.high, [jnp.inf, 3.0, 4.0])
-    assert not new.has_succeeded.any()

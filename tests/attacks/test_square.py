@@ -42,19 +42,40 @@ def test_the_schedule_is_the_papers():
     np.testing.assert_array_equal(schedule([0, 11, 60], 1, 100)[1], [80, 40, 20])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_last_row_and_column_can_be_spared(norm):
+    # Only the last row and column matter: the first perturbation has random signs there, squares set them right.
+    def model(x):
+        rise = (x[:, -1].sum(axis=(1, 2)) + x[:, :, -1].sum(axis=(1, 2))) / 8
+        return jnp.stack([0.0 * rise, rise - 9.0], axis=1)
+
+    x, labels, losses_found = jnp.full((8, 6, 6, 1), 0.5), jnp.zeros(8, int), []
+    for num_steps, spare_last in ((1, True), (60, True), (60, False)):
+        found = attacks.square(
+            jax.random.key(0), model, x, labels, ball=Ball(norm, EPS[norm]), num_steps=num_steps, p_init=0.1,
+            spare_last=spare_last,
+        )
+        losses_found.append(np.asarray(found.loss))
+    if norm == "linf":
+        np.testing.assert_array_equal(losses_found[0], losses_found[1])
+    assert (losses_found[2] > losses_found[1] + 1e-4).all()
+
+
 def test_sides_of_l2_are_odd_and_at_least_three():
     np.testing.assert_array_equal(schedule([0, 11, 9000], 32, 32, norm="l2")[1], [29, 21, 3])
     assert schedule(0, 4, 4, norm="l2")[1] == 4
     assert schedule(9000, 2, 2, norm="l1")[1] == 2
 
 
-def test_squares_reach_every_place_and_no_further():
-    keys = jax.random.split(jax.random.key(0), 300)
-    drawn = np.asarray(jax.vmap(lambda key: _signed_square(key, (5, 6, 2), jnp.asarray(3), jnp.float32))(keys))
+@pytest.mark.parametrize(("side", "spared", "num_places"), [(3, 0, (3, 4)), (3, 1, (2, 3)), (5, 1, (1, 1))])
+def test_squares_reach_every_place_and_no_further(side, spared, num_places):
+    # With one row and column spared the places are those of AutoAttack's code, 0 where a square has no other.
+    keys, numbers = jax.random.split(jax.random.key(0), 300), (jnp.asarray(side), jnp.asarray(spared))
+    drawn = np.asarray(jax.vmap(lambda key: _signed_square(key, (5, 6, 2), *numbers, jnp.float32))(keys))
     covered = drawn != 0
-    assert (covered.sum(axis=(1, 2)) == 9).all()
+    assert (covered.sum(axis=(1, 2)) == side**2).all()
     places = {(rows.min(), columns.min()) for rows, columns, _ in (np.nonzero(mask) for mask in covered)}
-    assert places == {(row, column) for row in range(3) for column in range(4)}
+    assert places == {(row, column) for row in range(num_places[0]) for column in range(num_places[1])}
     assert {tuple(np.unique(image)) for image in drawn} >= {(-1.0, 0.0, 1.0), (0.0, 1.0), (-1.0, 0.0)}
 
 
@@ -89,13 +110,13 @@ def test_moving_mass_keeps_the_size_and_the_rest(norm):
     delta = _tiles(jax.random.key(1), (11, 11, 3), jnp.float32, norm)
     assert (delta != 0).mean() > 0.5
     delta /= norms.norm(delta[None], norm)[:, None, None]
-    moved = _move_mass(jax.random.key(2), delta, jnp.asarray(3), norm)
+    moved = _move_mass(jax.random.key(2), delta, jnp.asarray(3), jnp.asarray(0), norm)
     changed = np.asarray((moved != delta).any(axis=2))
     assert 9 <= changed.sum() <= 18
     if norm == "l2":
         # What the windows had is what the first one gets; nothing is unspent.
         np.testing.assert_allclose(norms.l2(moved[None]), 1.0, rtol=1e-5)
-    half = _move_mass(jax.random.key(2), 0.5 * delta, jnp.asarray(3), norm)
+    half = _move_mass(jax.random.key(2), 0.5 * delta, jnp.asarray(3), jnp.asarray(0), norm)
     assert norms.norm(half[None], norm)[0] > 0.99
 
 

@@ -130,7 +130,9 @@ def test_smoothed_gradients_are_the_convolution():
 def test_the_wrappers_compose_with_an_attack_under_jit():
     x, labels = _batch()
     source = translation_invariant(diverse_inputs(KEY, _net(8)), smoothing_kernel(size=3))
-    run = lambda x: transfer(PGD, source)(KEY, _net(1), x, labels, ball=BALL)
-    for found in (run(x), jax.jit(run)(x)):
+    momentum = transfer(partial(attacks.mim, num_steps=4), source)
+    runs = [lambda x: transfer(PGD, source)(KEY, _net(1), x, labels, ball=BALL),
+            lambda x: momentum(_net(1), x, labels, ball=BALL)]
+    for found in (runs[0](x), jax.jit(runs[0])(x), runs[1](x)):
         assert BALL.contains(found.x_adv, x).all()
         assert (found.loss >= losses.cross_entropy(_net(1)(x), labels) - 1e-5).all()

@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import nets
 import numpy as np
 import pytest
+import reduction_nets as nets
 
 from rdx import attacks, bounds, detect, goals, losses
 from rdx.balls import Ball

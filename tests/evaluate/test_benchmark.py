@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from rdx import attacks, bounds
 from rdx.balls import Ball
-from rdx.evaluate import ContradictionError, Evaluation, check, evaluate, records
+from rdx.evaluate import ContradictionError, Diagnosis, Evaluation, benchmark, check, evaluate, records
 from rdx.types import AttackResult
 
 N, BALL = 37, Ball("linf", 0.1)
@@ -321,6 +321,27 @@ def test_the_number_comes_with_a_diagnosis(tmp_path):
     records.write(tmp_path, "cell", {}, result)
     record, again = records.read(tmp_path, "cell")
     assert again.diagnosis == record["diagnosis"] == json.loads(json.dumps(result.diagnosis))
+
+
+def test_a_random_model_is_diagnosed_as_one(monkeypatch):
+    asked = []
+
+    def spy(key, model, x, labels, **options):
+        asked.append((model, options))
+        return Diagnosis((), 0)
+
+    monkeypatch.setattr(benchmark, "diagnose", spy)
+    _run(attack_set={}, is_diagnosed=True)
+    _run(attack_set={}, is_diagnosed=True, random_fn=_random)
+    assert [options["is_random"] for _, options in asked] == [False, True]
+    assert asked[1][0] is _random
+    # The certificates are not of the random model.
+    assert asked[0][1]["certified"] is not None
+    assert asked[1][1]["certified"] is None
+
+
+def _random(keys, x):
+    return x[:, :2] + jax.random.normal(keys[0], (len(x), 2))
 
 
 def test_a_certificate_that_only_the_diagnosis_contradicts_is_no_certificate():

@@ -188,6 +188,18 @@ def test_other_norms_and_no_box(norm):
     assert diagnosis["differences"].status == diagnosis["unbounded"].status == diagnosis["radius"].status == "ok"
 
 
+def test_no_radius_masks_and_inputs_of_many_axes():
+    x, labels = _data()
+    options = {"num_examples": 8, "num_steps": 12, "num_queries": 2}
+    still = diagnose(KEY, _net(), x, labels, ball=Ball("linf", 0.0), **options)
+    assert still["unbounded"].status == still["differences"].status == still["validity"].status == "ok"
+    assert still["radius"].numbers["double"] == 0.0
+    # Square knows no such inputs, and the mask holds a half of them still.
+    boxes, mask = x.reshape(NUM, 4, 2, 4, 2), jnp.zeros((1, 4, 2, 4, 2)).at[:, 2:].set(0.1)
+    masked = diagnose(KEY, _net(), boxes, labels, ball=Ball("linf", mask), **options)
+    assert masked["validity"].numbers["outside"] == masked["black box"].numbers["square"] == 0.0
+
+
 def test_a_model_outside_jax_is_diagnosed_without_gradients():
     weights = np.asarray(_net().args[0][0] @ _net().args[0][1])
 
