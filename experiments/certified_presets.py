@@ -77,8 +77,8 @@ def config(dataset: str, preset: str) -> Config:
 
 def _smoke(settings: Config) -> Config:
     return dataclasses.replace(
-        settings, preset="smoke", eps=(0.02,), net=models.ConvNet((models.Conv(8, 3, 2),), (16,)), epochs=12,
-        warmup=2, ramp=6, learning_rate=5e-3, num_held_out=60, num_attacked=24, cross_check=24, num_steps=5,
+        settings, preset="smoke", eps=(0.02,), abstain=(1,), net=models.ConvNet((models.Conv(8, 3, 2),), (16,)),
+        epochs=12, warmup=2, ramp=6, learning_rate=5e-3, num_held_out=60, num_attacked=24, cross_check=24, num_steps=5,
         num_train=512, num_test=48,
     )
 

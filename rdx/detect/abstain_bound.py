@@ -89,13 +89,17 @@ def weights(
     if num_abstain == 1:
         return best
     mixed = 0.5 * best + 0.5 / (num_abstain + 1)  # a weight of 0 would stay so
-    for step in range(_NUM_MIRROR_STEPS):
+
+    def step(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], None]:
+        mixed, best, value = carry
         slopes = _slopes(box, network, labels, mixed)
-        spread = (slopes.max(axis=2, keepdims=True) - slopes.min(axis=2, keepdims=True)) * (1.0 + step) ** 0.5
+        spread = (slopes.max(axis=2, keepdims=True) - slopes.min(axis=2, keepdims=True)) * jnp.sqrt(1.0 + i)
         mixed = mixed * jnp.exp((slopes - slopes.max(axis=2, keepdims=True)) / jnp.maximum(spread, 1e-12))
         mixed = mixed / mixed.sum(axis=2, keepdims=True)
-        best, value = _greater(box, network, labels, best, value, mixed)
-    return best
+        return (mixed, *_greater(box, network, labels, best, value, mixed)), None
+
+    numbers = jnp.arange(_NUM_MIRROR_STEPS, dtype=mixed.dtype)
+    return jax.lax.scan(step, (mixed, best, value), numbers)[0][1]
 
 
 def lower_bound(box: Interval, network: Network, labels: Array, weights: Array) -> Array:

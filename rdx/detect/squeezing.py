@@ -39,7 +39,7 @@ def bit_depth(bits: int) -> Partial:
     return adaptive.straight_through(Partial(_round, float(2**bits - 1)))
 
 
-def median_filter(size: int = 2) -> Partial:
+def median_filter(size: int) -> Partial:
     """Builds the median over windows of `size x size` pixels of images `[B, H, W, C]`.
 
     As `scipy.ndimage.median_filter`: images are mirrored at their edges, an even window reaches further to the top and

@@ -83,7 +83,7 @@ def test_float32_finds_the_same_weight_as_a_grid_or_better():
 
 def test_several_classes_are_near_the_linear_program_and_never_beyond():
     gaps = []
-    for seed in range(40):
+    for seed in range(20):
         box, network, labels = random_case(seed, num_abstain=3)
         lower = np.asarray(solve(box, network, labels)[1])[0]
         others = [i for i in range(network.num_classes) if i != int(labels[0])]
@@ -177,6 +177,7 @@ def test_the_generic_bound_is_the_closed_form():
         jax.jit(lambda x: abstain.certify_in_float64(network, x, labels, ball=ball))(x)
 
 
+@pytest.mark.slow
 def test_several_abstain_classes_train():
     network, history = joint(num_abstain=2)
     assert history[-1]["certified_error"] < 0.8
