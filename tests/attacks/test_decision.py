@@ -86,7 +86,7 @@ def _starts():
         yield pytest.param(name, norm, start, marks=() if is_quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "norm", "start"), _starts())
+@pytest.mark.parametrize(("name", "norm", "start"), tuple(_starts()))
 def test_the_budget_is_exact(name, norm, start):
     rows = []
 
