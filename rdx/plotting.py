@@ -116,6 +116,46 @@ def accuracy_against_strength(
     _accuracy(path, series, x_label, heading, groups, worst, None, is_logarithmic=True)
 
 
+def claims(
+    path: str | os.PathLike[str], curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    points: Mapping[str, tuple[float, float]], *, reports: Sequence[tuple[float, float]], marked: Sequence[str],
+    x_label: str, heading: str,
+) -> None:
+    """Draws robustness claims beside curves of the best known robust accuracy, as Tramer (2022) compares them.
+
+    Args:
+        path: where the PNG goes.
+        curves: name -> (radii, robust accuracies in [0, 1]).
+        points: name of a claim -> (radius, accuracy) of the classifier that it implies.
+        reports: (radius, accuracy) of the figures that the curves rest on, drawn as dots.
+        marked: the claims that exceed what is known, drawn in red.
+        x_label: what the horizontal axis measures.
+        heading: title of the picture.
+    """
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    for i, (name, (radii, accuracies)) in enumerate(curves.items()):
+        percent = [100 * value for value in accuracies]
+        axis.plot(radii, percent, color=_INK, alpha=0.85, linestyle=_LINES[i % len(_LINES)], label=name)
+    axis.plot(*zip(*((x, 100 * y) for x, y in reports), strict=True), "o", markersize=4, color=_INK, label="reported")
+    for i, (name, (radius, accuracy)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        colour = _COLOURS[1] if name in marked else _COLOURS[2]
+        axis.plot([radius], [100 * accuracy], marker="s", markersize=6, linestyle="none", color=colour)
+        # Above and below in turn, so that neighbours do not write over each other.
+        axis.annotate(
+            name, (radius, 100 * accuracy), xytext=(0, (6, -12)[i % 2]), textcoords="offset points", ha="center",
+            fontsize=7, color=colour,
+        )
+    axis.set(xlabel=x_label, ylabel="robust accuracy, %", ylim=(-3.0, 105.0))
+    axis.margins(x=0.16)
+    axis.set_title(heading, fontsize=10, color=_INK)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _accuracy(
     path: str | os.PathLike[str], series: Mapping[str, tuple[ArrayLike, ArrayLike]], x_label: str, heading: str,
     groups: Mapping[str, str] | None, worst: tuple[ArrayLike, ArrayLike] | None, marked: float | None, *,

@@ -13,8 +13,8 @@ can be dropped when they are done, and none notices who else is there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from rdx.attacks import base, resumption
 from rdx.attacks.base import Found, Problem
+from rdx.compilation import cpu_options
 from rdx.types import Array, ArrayLike, Key, Trace
 
 # Examples that run are never fewer than this in an array: compiling for less does not pay.
@@ -254,11 +255,11 @@ class _Run:
         if self.on_host:
             seen = []
             for i in range(first, last):
-                state, row = _donating_step(self.plan, self.context, state, np.int32(i))
+                state, row = _donating_step()(self.plan, self.context, state, np.int32(i))
                 seen.append(row)
             trace = jax.tree.map(lambda *rows: jnp.stack(rows), *seen)
         else:
-            state, trace = _donating_steps(self.plan, last - first, self.context, state, np.int32(first))
+            state, trace = _donating_steps()(self.plan, last - first, self.context, state, np.int32(first))
         if self.plan.trace:
             self.traces.append(self._spread(trace))
         return state
@@ -326,7 +327,7 @@ class _Run:
     def _resume(self) -> tuple[Any, int, int]:
         if self.loop.checkpoint is None or not Path(self.loop.checkpoint).exists():
             return None, 0, 0
-        state = jax.eval_shape(partial(_init, self.plan), self.context, self.keys, self.whole, np.int32(0))
+        state = jax.eval_shape(functools.partial(_init, self.plan), self.context, self.keys, self.whole, np.int32(0))
         trace = _observe(self.all_context.problem, self.whole) if self.plan.trace else None
         like = (state, self.whole, self.rows, trace, self.rows)
         state, self.whole, rows, trace, place = resumption.load(self.loop.checkpoint, self._fingerprint(), like)
@@ -340,5 +341,14 @@ _call_init = jax.jit(_init, static_argnums=0)
 _call_step = jax.jit(_step, static_argnums=0)
 _call_finish = jax.jit(_finish, static_argnums=0)
 _call_halted = jax.jit(_halted, static_argnums=0)
-_donating_step = jax.jit(_step, static_argnums=0, donate_argnums=2)
-_donating_steps = jax.jit(_steps, static_argnums=(0, 1), donate_argnums=3)
+
+
+# Steps taken outside of any transformation also tell the compiler how; which options it knows, it is asked when needed.
+@functools.cache
+def _donating_step() -> Callable[..., Any]:
+    return jax.jit(_step, static_argnums=0, donate_argnums=2, compiler_options=cpu_options())
+
+
+@functools.cache
+def _donating_steps() -> Callable[..., Any]:
+    return jax.jit(_steps, static_argnums=(0, 1), donate_argnums=3, compiler_options=cpu_options())
