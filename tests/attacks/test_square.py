@@ -171,7 +171,7 @@ def test_the_first_queries_of_linf_are_stripes_then_one_square():
     assert (np.abs(changed).sum(axis=(1, 2, 3)) > 0).any()
 
 
-@each_norm
+@pytest.mark.parametrize("norm", ["linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l2", "l1"))])
 def test_success_stops_and_the_count_is_that_of_the_queries(norm):
     model, x, labels = _problem(num=12)
     labels = labels.at[0].set((labels[0] + 1) % 3)
