@@ -12,6 +12,11 @@ theorem's bound, misses of the search, and an attack that is adaptive to the sea
 
 Everything goes to `runs/tramer_detectors/<dataset>-<preset>/`: one JSON and NPZ per detector and reduction, `table.md`
 and pictures. A run that is interrupted continues with the same command and ends with the same table.
+
+Obtained (experiments/results/tramer_detectors), digits `cpu` at linf 0.2, 16 minutes on two shared cores: of what fixed
+PGD makes Mahalanobis, outlier class, PCA and GAT detect 95 to 100 %, of adaptive attacks 5, 7, 22 and 63 %; all others
+at most 6 %. Theorem 5: the detector's risk is the bound, 8 %, also through its search. Expected: adaptive attacks take
+50 points and more off detection. MNIST `cpu` has not been run yet.
 """
 
 import dataclasses
