@@ -135,9 +135,9 @@ def test_forbidden_names():
 def test_files_of_techniques_cite_their_source():
     supports = {
         "base", "certify", "chunks", "composites", "cost", "details", "driver", "graph", "interval", "linear",
-        "minimal", "propagation", "relaxations", "resumption", "rewrites", "tracing", "__init__",
+        "intervals", "minimal", "propagation", "relaxations", "resumption", "rewrites", "searches", "tracing", "__init__",
     }
-    for room in ("attacks", "bounds", "robustify"):
+    for room in ("analyse", "attacks", "bounds", "detect", "robustify"):
         for path in sorted((ROOT / room).glob("*.py")):
             if path.stem not in supports:
                 assert re.search(r"\((?:[A-Z].*?)?(?:19|20)\d\d\b|arXiv:\d{4}\.\d{5}", path.read_text()), path.name
