@@ -18,6 +18,8 @@ from experiments import a5_presets, a5_report, a5_tables
 from rdx.evaluate import ContradictionError, records, report
 
 ROOT = pathlib.Path(__file__).parents[2]
+# One worker makes the run that all these tests look at.
+pytestmark = pytest.mark.xdist_group("a5_tables")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from rdx import attacks
 from rdx.evaluate import curves
 
 ROOT = pathlib.Path(__file__).parents[2]
+# One worker makes the run that all these tests look at.
+pytestmark = pytest.mark.xdist_group("attack_gallery")
 # One of each way to be run: without a key, searched for, minimal-norm, with a budget, with a prior, on a substitute.
 CHOSEN = ("fgsm", "pgd", "fmn", "prgf", "square", "bim transferred")
 

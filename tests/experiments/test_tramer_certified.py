@@ -7,6 +7,9 @@ from experiments import certified_presets, certified_report, tramer_certified
 from experiments.certified_report import Cell
 from rdx.evaluate import ContradictionError, records
 
+# One worker makes the run that all these tests look at.
+pytestmark = pytest.mark.xdist_group("tramer_certified")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -10,6 +10,9 @@ from experiments import detectors_presets, detectors_zoo, tramer_detectors
 from rdx.detect import reductions
 from rdx.evaluate import records
 
+# One worker makes the run that all these tests look at.
+pytestmark = pytest.mark.xdist_group("tramer_detectors")
+
 CHOSEN = ("max softmax", "odds")
 
 
