@@ -5,9 +5,10 @@
     python -m experiments.audit --dataset mnist --norm l2 --eps 8.9 --accuracy 0.74 --data mnist
 
 A detector that is robust at eps is, up to computation, a classifier as robust at eps / 2, and a classifier robust at
-eps a detector robust at 2 eps (Tramer 2022, arXiv:2107.11630). The audit is printed as JSON and as a sentence. Exit
-code 0: consistent with what is known; 10: implies a breakthrough; 11: vacuous; 12: no reference; 13: no classifier can
-reach it on the data. With `--data` the bound is of that data set's test images, which `RDX_DATA_DIR` may have to hold.
+eps a detector robust at 2 eps (Tramer 2022, arXiv:2107.11630). The audit is printed as JSON, its sentence to stderr as
+well. Exit code 0: consistent with what is known; 10: implies a breakthrough; 11: vacuous; 12: no reference; 13: no
+classifier can reach it on the data. With `--data` the bound is of that data set's test images, which `RDX_DATA_DIR` may
+have to hold.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def main(arguments: Arguments) -> Audit:
         bound = claims.transport_limit(claim, test.images / 255.0, test.labels)
     found = claims.audit(claim, as_of=int(arguments.as_of), margin=float(arguments.margin), bound=bound)
     print(json.dumps({**dataclasses.asdict(found), "exit_code": found.exit_code}, indent=2))
-    print(found.sentence)
+    print(found.sentence, file=sys.stderr)
     if arguments.picture:
         draw(arguments.picture, [found])
     return found

@@ -10,6 +10,7 @@ classifier that was reported at a larger radius is as good at a smaller one. Not
 """
 
 import csv
+import dataclasses
 import functools
 import importlib.resources
 from fractions import Fraction
@@ -38,7 +39,8 @@ class Report(NamedTuple):
     source: str
 
 
-class Reference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reference:
     """What is known at a radius.
 
     Attributes:
@@ -131,7 +133,7 @@ def best_known(dataset: str, norm: Norm, eps: float, *, as_of: int, is_certified
         return Reference(None, False, 0.0, last.accuracy, (last.source,))
     best = max(estimates, key=lambda found: found.accuracy or 0.0)
     high = max(found.high for found in estimates)
-    return best._replace(low=low, high=high)
+    return dataclasses.replace(best, low=low, high=high)
 
 
 def _on_curve(curve: list[Report], eps: float) -> Reference | None:

@@ -57,7 +57,9 @@ def test_the_auditor_asks_the_data(capsys):
     found = audit.main(arguments)
     assert found.is_impossible
     assert found.exit_code == claims.IMPOSSIBLE
-    assert "no classifier exceeds" in capsys.readouterr().out
+    printed = json.loads(capsys.readouterr().out)
+    assert "no classifier exceeds" in printed["sentence"]
+    assert printed["reference"] == {"accuracy": None, "is_interpolated": False, "low": 0.0, "high": 1.0, "sources": []}
 
 
 @pytest.mark.parametrize(("words", "code", "text"), [
