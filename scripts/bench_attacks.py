@@ -57,7 +57,7 @@ CASES = {
     "PGD-40": Case(("foolbox", "torchattacks"), 0.3, _attack("pgd", num_steps=40, step_size=0.01, random_start=False)),
     "APGD-CE-100": Case(("torchattacks",), 0.1, _attack("apgd", num_steps=100)),
     "Square": Case(("torchattacks",), 1e-3, _attack("square", num_steps=300), ("conv",), "queries"),
-    "SPSA": Case(("torchattacks",), 1e-3, _attack("spsa", num_queries=1280, num_samples=128), ("conv",), "queries", 32),
+    "SPSA": Case(("torchattacks",), 1e-3, _attack("spsa", num_steps=10, num_samples=128), ("conv",), "queries", 32),
     "HopSkipJump": Case(("foolbox",), 1e-3, _attack("hopskipjump", num_queries=2000), ("conv",), "queries", 32),
     "Boundary": Case(("foolbox",), 1e-3, _attack("boundary", num_queries=1000), ("conv",), "queries", 32),
     "AutoAttack": Case(("autoattack",), 0.02, _attack("autoattack"), ("conv",), "success", 256),
@@ -87,10 +87,10 @@ def _their_attack(name, tool, net, eps):
     attack = {
         "PGD-40": lambda: foolbox.attacks.LinfPGD(abs_stepsize=0.01, steps=40, random_start=False),
         "HopSkipJump": lambda: foolbox.attacks.HopSkipJumpAttack(steps=8, constraint="linf"),
-        "Boundary": lambda: foolbox.attacks.BoundaryAttack(steps=500, tensorboard=None),
+        "Boundary": lambda: foolbox.attacks.BoundaryAttack(steps=500, tensorboard=False),
     }[name]()
-    radius = eps if name == "PGD-40" else None
-    return lambda x, labels: attack.run(model, x, foolbox.criteria.Misclassification(labels), epsilon=radius)
+    radius = {"epsilon": eps} if name == "PGD-40" else {}  # the others look for the nearest
+    return lambda x, labels: attack.run(model, x, foolbox.criteria.Misclassification(labels), **radius)
 
 
 def theirs(request, arrays):
