@@ -22,7 +22,6 @@ errors are those of CROWN-IBP intersected with IBP (the paper: IBP).
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import a5_report, command_line
+from experiments import a5_report, command_line, runs
 from experiments.a5_presets import Config, Schedule, config
 from rdx import attacks, bounds, data, models, robustify
 from rdx.balls import Ball
 from rdx.bounds import Threat
-from rdx.evaluate import evaluate, records, report
+from rdx.evaluate import evaluate, records
 from rdx.train import certified, schedules, standard
 from rdx.train.loop import Phase, fit, init_state
 from rdx.types import Array, Key, LogitsFn, PyTree
@@ -99,21 +98,11 @@ def _prepare(arguments: Arguments) -> Run:
     test = data.load(settings.dataset, arguments.split, **options)
     suffix = "" if arguments.split == "test" else f"-{arguments.split}"
     directory = Path(arguments.out or f"runs/a5_tables/{settings.dataset}-{settings.preset}{suffix}")
-    _claim(directory, settings, test)
+    runs.claim(directory, settings, test)
     return Run(
         settings, train.take(settings.num_train or len(train)), test.take(settings.num_test or len(test)), directory,
         models.forward(settings.classifier), models.forward(settings.robustifier),
     )
-
-
-def _claim(directory: Path, settings: Config, test: data.Source) -> None:
-    """Notes settings and data in the directory, so that a run never continues another one's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    claim = {**dataclasses.asdict(settings), "evaluated": test.fingerprint}
-    path, text = directory / "config.json", json.dumps(claim, indent=2, default=str)
-    if path.exists() and path.read_text().rstrip() != text:
-        raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
-    report.write_text(path, text)
 
 
 def _fill(run: Run, cell: a5_report.Cell) -> None:

@@ -19,7 +19,6 @@ ResNet-56, and a wide one trained by PGD), not the weights that the paper downlo
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ import jax
 import numpy as np
 import optax
 
-from experiments import command_line, gallery_report
+from experiments import command_line, gallery_report, runs
 from experiments.gallery_attacks import Case, bind, cases
 from experiments.gallery_presets import Config, config
 from rdx import attacks, data, models
 from rdx.balls import Ball
-from rdx.evaluate import curves, report, shared
+from rdx.evaluate import curves, shared
 from rdx.train import adversarial, fit, init_state, schedules, standard
 from rdx.types import Array, Key, LogitsFn, PyTree
 
@@ -84,18 +83,8 @@ def _prepare(arguments: Arguments) -> Run:
     train, test = (data.load(settings.dataset, split, **options) for split in ("train", "test"))
     test = test.take(settings.num_images)
     directory = Path(arguments.out or f"runs/attack_gallery/{settings.preset}")
-    _claim(directory, settings, test)
+    runs.claim(directory, settings, test)
     return Run(settings, train.take(settings.num_train or len(train)), test, directory)
-
-
-def _claim(directory: Path, settings: Config, test: data.Source) -> None:
-    """Notes settings and data in the directory, so that a run never continues another one's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    claim = {**dataclasses.asdict(settings), "evaluated": test.fingerprint}
-    path, text = directory / "config.json", json.dumps(claim, indent=2, default=str)
-    if path.exists() and path.read_text().rstrip() != text:
-        raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
-    report.write_text(path, text)
 
 
 def _attack(run: Run, net: str, case: Case) -> None:

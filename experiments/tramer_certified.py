@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import certified_report, command_line, tramer_runs
+from experiments import certified_report, command_line, runs, tramer_runs
 from experiments.certified_presets import Config, config
 from experiments.certified_report import Cell
 from rdx import attacks, data, losses, metrics, models
@@ -87,7 +87,7 @@ def main(arguments: Arguments) -> Path:
         num_test=settings.num_test, root=arguments.root, archive=arguments.archive,
     )
     directory = Path(arguments.out or f"runs/tramer_certified/{settings.dataset}-{settings.preset}")
-    tramer_runs.claim(directory, settings, parts.test)
+    runs.claim(directory, settings, parts.test)
     run = Run(settings, parts, directory, jax.random.key(settings.seed))
     for cell in certified_report.cells(settings):
         if arguments.only in cell.name and records.read_arrays(directory / "records", cell.name) is None:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from experiments import command_line, detectors_report, tramer_runs
+from experiments import command_line, detectors_report, runs, tramer_runs
 from experiments.detectors_presets import config
 from experiments.detectors_zoo import Calibrated, Zoo
 from rdx import attacks, data, losses, metrics
@@ -84,7 +84,7 @@ def main(arguments: Arguments) -> Path:
         root=arguments.root, archive=arguments.archive,
     )
     directory = Path(arguments.out or f"runs/tramer_detectors/{settings.dataset}-{settings.preset}")
-    tramer_runs.claim(directory, settings, parts.test)
+    runs.claim(directory, settings, parts.test)
     zoo = Zoo(settings, parts, directory)
     stages = {name: functools.partial(_attack, zoo, name) for name in zoo.names}
     stages |= {"theorem 5": functools.partial(_theorem5, zoo), "theorem 4": functools.partial(_theorem4, zoo)}

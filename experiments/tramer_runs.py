@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 from rdx import data, models
-from rdx.evaluate import report, shared
+from rdx.evaluate import shared
 from rdx.train import fit, init_state
 from rdx.train.loop import Phase
 from rdx.types import Key, PyTree
@@ -52,16 +51,6 @@ def load(
         everything.subset(kept), everything.subset(np.sort(order[:num_held_out])),
         test.take(num_test or len(test)),
     )
-
-
-def claim(directory: Path, settings: Any, test: data.Source) -> None:
-    """Notes settings and data in the directory, so that a run never continues another one's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    noted = {**dataclasses.asdict(settings), "evaluated": test.fingerprint}
-    path, text = directory / "config.json", json.dumps(noted, indent=2, default=str)
-    if path.exists() and path.read_text().rstrip() != text:
-        raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
-    report.write_text(path, text)
 
 
 def train(
