@@ -319,7 +319,7 @@ def versions(arguments, of_peer):
     return {
         "machine": f"{platform.machine()}, {arguments.threads} threads each, load {os.getloadavg()[0]:.2f} before",
         "versions": {"jax": jax.__version__, **of_peer},
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **{name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
     }
 
 

@@ -6,6 +6,8 @@ Lower bounds of the margins z_y - z_j under linf in the box [0, 1]; the same wei
 sides. IBP, CROWN-IBP and a CROWN-IBP training step are not timed unless the numbers agree. CROWN and alpha-CROWN, each
 tool with its defaults, are not timed unless ours are nowhere looser (CROWN) or no looser on average (alpha-CROWN). A
 ratio below 1 means that rdx is faster, or takes less memory: the most that a fresh process had for this case alone.
+The share of the product rate is the limit that the machine sets: our operations per second, as `bounds.plan` counts
+them, over those of XLA's plain product of two matrices, which takes its turn beside the others.
 """
 
 # ruff: noqa: TID251
@@ -20,6 +22,7 @@ import numpy as np
 LEARNING_RATE = 1e-3
 TOLERANCE = 1e-3
 NUM_STEPS = 20
+PRODUCT = 1024
 EPS = {"conv": 0.1, "mlp": 0.1, "dm-large": 2 / 255}
 
 
@@ -102,6 +105,25 @@ def ours(case, relu):
         return {"loss": loss, "params": state["params"]}
 
     return run
+
+
+def flops(case, relu):
+    """Counts the operations of a case."""
+    from rdx.bounds import cost
+
+    return cost.flops(program(case, relu).trace(*arguments_of_ours(case)).jaxpr.jaxpr)
+
+
+def product():
+    """Builds a function that multiplies two square matrices: what the machine can do at this moment."""
+    import jax
+    import jax.numpy as jnp
+
+    from rdx import compilation
+
+    multiply = jax.jit(jnp.matmul, compiler_options=compilation.cpu_options())
+    factor = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
+    return lambda: multiply(factor, factor)
 
 
 def compile_seconds(case, relu):
@@ -187,13 +209,18 @@ def measure(case, arguments):
         reference = peer.prepare(arrays, case=str(case), net=net.name, method=case.method, relu=arguments.relu)
         fits = check(case, net, computed, reference)
         memory = own_peak_mb(case) / peer.peak_mb()
-        runs = {"ours": lambda: _bench.seconds(run), "theirs": lambda: peer.seconds(str(case))}
+        multiply = product()
+        runs = {
+            "ours": lambda: _bench.seconds(run), "theirs": lambda: peer.seconds(str(case)),
+            "product": lambda: _bench.seconds(multiply),
+        }
         taken, rounds = _bench.alternate(runs, arguments.rounds)
     return {
         "case": str(case),
         "ours ms": 1e3 * taken["ours"],
         "theirs ms": 1e3 * taken["theirs"],
         "ratio": taken["ours"] / taken["theirs"],
+        "share of product rate": flops(case, arguments.relu) / taken["ours"] / (2 * PRODUCT**3 / taken["product"]),
         "memory ratio": memory,
         "our compile s": first - taken["ours"],
         "rounds x calls": rounds,
