@@ -16,7 +16,9 @@ and pictures. A run that is interrupted continues with the same command and ends
 Obtained (experiments/results/tramer_detectors), digits `cpu` at linf 0.2, 16 minutes on two shared cores: of what fixed
 PGD makes Mahalanobis, outlier class, PCA and GAT detect 95 to 100 %, of adaptive attacks 5, 7, 22 and 63 %; all others
 at most 6 %. Theorem 5: the detector's risk is the bound, 8 %, also through its search. Expected: adaptive attacks take
-50 points and more off detection. MNIST `cpu` has not been run yet.
+50 points and more off detection. MNIST `cpu` at linf 0.3, 29 minutes on two busy cores (12 of their time): against
+adaptive attacks GAT detects 4 %, all others nothing, but for feature squeezing with 90 %: within 0.3 rounding to 1 bit
+changes grey pixels only, so the squeezed image is hard to attack at all. Theorem 5: 4 %, the bound.
 """
 
 import dataclasses
