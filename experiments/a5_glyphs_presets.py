@@ -102,7 +102,7 @@ def _smoke() -> Config:
 
 
 def _paper() -> Config:
-    # Epochs and rates are the released defaults. How many pictures an epoch has is not released: the data are 62 images.
+    # Epochs and rates are the released defaults; how many pictures an epoch has is not among them.
     released = Schedule(100, 2, 18, 1e-3, (25, 42))
     return Config(
         preset="paper", size=128, camera=Camera(), classifier=models.fonts_cnn(),

@@ -9,6 +9,8 @@ dm-pix has relatives of most of them. They are not used here because they take o
 the edges of a blurred image with black, and change an image in its last digits where they should leave it alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
@@ -154,7 +156,7 @@ def gaussian_blur(x: Array, sigma: Array, *, num_taps: int) -> Array:
         pad[axis] = (reach, reach)
         padded = jnp.pad(x, pad, mode="reflect")
         shifted = (jax.lax.slice_in_dim(padded, tap, tap + x.shape[axis], axis=axis) for tap in range(num_taps))
-        x = sum(norms.expand(weight[:, tap], x) * image for tap, image in enumerate(shifted))
+        x = functools.reduce(jnp.add, (norms.expand(weight[:, tap], x) * image for tap, image in enumerate(shifted)))
     return x
 
 

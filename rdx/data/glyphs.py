@@ -51,9 +51,9 @@ def load_glyphs(*, size: int = 128, fonts: Sequence[str] = ("DejaVuSansMono",)) 
 
 
 def _directory() -> Path:
-    import matplotlib
+    import matplotlib as mpl
 
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return Path(mpl.get_data_path()) / "fonts" / "ttf"
 
 
 def _render(path: Path, size: int) -> list[np.ndarray]:

@@ -6,8 +6,8 @@ Frosio & Kautz (2023, A5, Eq. 10 and Sec. 4) print characters and photograph the
 
 where `w` has bright strokes and prints dark on white. Ranges are those of the authors' code; what differs from it:
 
-- Every image has its own draw. The authors' code draws one shift, angle, perspective, blur and jitter for a whole batch,
-  so that all images of a batch are taken by one pose of the camera.
+- Every image has its own draw. The authors' code draws one shift, angle, perspective, blur and jitter for a whole
+  batch, so that all its images are taken in one pose.
 - Shift, rotation and perspective are composed and the image is interpolated once, bilinearly. The authors' code
   interpolates twice, and takes the nearest pixel when it rotates.
 - Shifts and displacements of corners are real numbers, not whole pixels.
@@ -15,7 +15,7 @@ where `w` has bright strokes and prints dark on white. Ranges are those of the a
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from rdx.types import Array, ArrayLike, Key
 
 # Which way each corner moves inwards, (rows, columns): top left, top right, bottom left, bottom right.
 _INWARDS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))
+_Number: TypeAlias = float | Array
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +52,13 @@ class Camera:
         num_taps: side of the blur's kernel, odd.
     """
 
-    shift: ArrayLike = 5.0
-    degrees: ArrayLike = 5.0
-    distortion: ArrayLike = 0.25
-    distortion_probability: ArrayLike = 0.99
-    noise: tuple[ArrayLike, ArrayLike] = (0.001, 0.1)
-    sigma: tuple[ArrayLike, ArrayLike] = (0.01, 1.0)
-    jitter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike] = (0.1, 0.1, 0.1, 0.1)
+    shift: _Number = 5.0
+    degrees: _Number = 5.0
+    distortion: _Number = 0.25
+    distortion_probability: _Number = 0.99
+    noise: tuple[_Number, _Number] = (0.001, 0.1)
+    sigma: tuple[_Number, _Number] = (0.01, 1.0)
+    jitter: tuple[_Number, _Number, _Number, _Number] = (0.1, 0.1, 0.1, 0.1)
     is_inverted: bool = dataclasses.field(default=True, metadata={"static": True})
     num_channels: int = dataclasses.field(default=3, metadata={"static": True})
     num_taps: int = dataclasses.field(default=9, metadata={"static": True})
