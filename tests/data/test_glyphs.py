@@ -27,8 +27,12 @@ def test_no_two_characters_are_nearly_the_same():
     images = data.load_glyphs(size=64).images.astype(np.float32) / 255
     distance = np.abs(images[:, None] - images[None]).sum(axis=(2, 3, 4)) + 1e9 * np.eye(62)
     ink = images.sum(axis=(1, 2, 3))
-    # The nearest pair differs by a tenth of its ink, as DejaVu Sans's I and l would not.
-    assert (distance / (ink[:, None] + ink[None])).min() > 0.05
+    share = dict(np.ndenumerate(distance / (ink[:, None] + ink[None])))
+    place = glyphs.CHARACTERS.index
+    # The nearest are O and Q, whose tail is 4 % of the ink of both; what other fonts draw alike is far apart.
+    assert min(share.values()) == share[place("O"), place("Q")] > 0.03
+    for first, second in ("I1", "Il", "l1", "O0"):
+        assert share[place(first), place(second)] > 0.09
 
 
 def test_letters_of_one_shape_differ_in_height():

@@ -22,6 +22,15 @@ SHAPE, NUM = (6, 6, 1), 5
 EPS, END = 0.05, jnp.int32(9)
 
 
+@jax.jit
+def _apply(key, params, w, rows, index):
+    return physical.apply(key, params, w, rows, CAMERA, defense=DEFENSE, index=index)
+
+
+def _pictures(key, params, batch):
+    return _apply(key, params, batch["x"], batch["row"], batch["index"])
+
+
 def _threat(*, has_crown=False):
     return Threat(Ball("linf", 0.0), schedules.linear_ramp(EPS, -1, 1), has_crown=has_crown)
 
@@ -95,7 +104,7 @@ def test_without_a_camera_it_is_offline_robustification_in_the_mean():
 def test_every_picture_of_a_prototype_is_another_one(key):
     _, _, _, _, batch = _problem()
     z = {"z": jnp.ones((NUM, *SHAPE))}
-    x = physical.apply(key, z, batch["x"], batch["row"], CAMERA, defense=DEFENSE, index=batch["index"])
+    x = _pictures(key, z, batch)
     assert len({picture.tobytes() for picture in np.asarray(x[::NUM])}) == 4
     # Steps have keys of their own, so the next pictures differ again.
     loss, params = _losses()["p"]
@@ -105,7 +114,7 @@ def test_every_picture_of_a_prototype_is_another_one(key):
 def test_the_loss_is_the_worst_case_of_the_pictures_that_apply_takes(key):
     classifier, robustifier, params, maker, batch = _problem()
     z = {"z": jax.random.normal(jax.random.key(4), (NUM, *SHAPE))}
-    x = physical.apply(key, z, batch["x"], batch["row"], CAMERA, defense=DEFENSE, index=batch["index"])
+    x = _pictures(key, z, batch)
     expected = _worst_case(classifier.logits_fn(params, {}), x, batch["labels"]).loss.mean()
     losses = _losses(picture=Ball("linf", 0.0))
     for name in ("p", "pc", "prc"):  # a robustifier without budget does nothing
@@ -141,7 +150,7 @@ def test_training_lowers_the_worst_case_of_new_pictures(name):
     assert DEFENSE.contains(offline.apply(trained, batch["x"], batch["row"], defense=DEFENSE), batch["x"]).all()
 
     def worst(found):
-        x = physical.apply(jax.random.key(77), found, batch["x"], batch["row"], CAMERA, defense=DEFENSE)
+        x = _pictures(jax.random.key(77), found, batch)
         if "robustifier" in found:
             z, _ = robustifier(found["robustifier"], {}, x, train=False)
             x = jnp.clip(x + PICTURE.eps * jnp.tanh(0.5 * z), 0, 1)
@@ -159,7 +168,7 @@ def test_batchnorm_takes_the_statistics_of_the_pictures(key):
     loss = physical.with_classifier(classifier, CAMERA, defense=DEFENSE, threat=_threat())
     params = physical.init(NUM, SHAPE, classifier=variables["params"])
     _, (next_state, _) = jax.jit(loss)(params, state, key, batch, END)
-    x = physical.apply(key, params, batch["x"], batch["row"], CAMERA, defense=DEFENSE, index=batch["index"])
+    x = _pictures(key, params, batch)
     _, wanted = classifier(variables["params"], state, x, train=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), next_state, wanted)
 
