@@ -15,6 +15,7 @@ where `w` has bright strokes and prints dark on white. Ranges are those of the a
 """
 
 import dataclasses
+import math
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -153,24 +154,24 @@ def draw(key: Key, camera: Camera, shape: tuple[int, ...], dtype: jnp.dtype) -> 
     Returns:
         The shot, without batch axis.
     """
-    keys = jax.random.split(key, 8)
-
-    def uniform(key: Key, low: ArrayLike, high: ArrayLike, shape: tuple[int, ...] = ()) -> Array:
-        low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
-        return low + jax.random.uniform(key, shape, dtype) * (high - low)
-
+    number_key, noise_key = jax.random.split(key)
+    # All numbers at once and the noise flat: each call and each axis of a random draw costs XLA time to compile.
+    numbers = jax.random.uniform(number_key, (18,), dtype)
+    noise = jax.random.normal(noise_key, (math.prod(shape),), dtype).reshape(shape)
+    signed = 2 * numbers - 1
     half = jnp.array([shape[0] // 2, shape[1] // 2], dtype)
-    inwards = jnp.array(_INWARDS, dtype) * half[None] * uniform(keys[2], 0.0, camera.distortion, (4, 2))
-    is_distorted = jax.random.bernoulli(keys[3], camera.distortion_probability)
-    deviation = uniform(keys[4], *camera.noise)
-    change = uniform(keys[7], -1.0, 1.0, (4,)) * jnp.stack([jnp.asarray(size, dtype) for size in camera.jitter])
+    inwards = jnp.array(_INWARDS, dtype) * half[None] * camera.distortion * numbers[3:11].reshape(4, 2)
+    factors = 1 + signed[14:17] * jnp.stack([jnp.asarray(size, dtype) for size in camera.jitter[:3]])
     return Shot(
-        shift=uniform(keys[0], -1.0, 1.0, (2,)) * jnp.asarray(camera.shift, dtype),
-        angle=jnp.deg2rad(uniform(keys[1], -1.0, 1.0) * jnp.asarray(camera.degrees, dtype)),
-        displacement=jnp.where(is_distorted, inwards, 0.0), noise=deviation * jax.random.normal(keys[5], shape, dtype),
-        sigma=uniform(keys[6], *camera.sigma), brightness=1 + change[0], contrast=1 + change[1],
-        saturation=1 + change[2], hue=change[3],
+        shift=camera.shift * signed[:2], angle=jnp.deg2rad(camera.degrees * signed[2]),
+        displacement=jnp.where(numbers[11] < camera.distortion_probability, inwards, 0.0),
+        noise=_between(camera.noise, numbers[12]) * noise, sigma=_between(camera.sigma, numbers[13]),
+        brightness=factors[0], contrast=factors[1], saturation=factors[2], hue=camera.jitter[3] * signed[17],
     )
+
+
+def _between(ends: tuple[_Number, _Number], share: Array) -> Array:
+    return ends[0] + share * (ends[1] - ends[0])
 
 
 def take(w: Array, shot: Shot, camera: Camera) -> Array:
