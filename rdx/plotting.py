@@ -51,6 +51,47 @@ def triplets(
     _save(figure, path)
 
 
+def strips(
+    path: str | os.PathLike[str], rows: Mapping[str, ArrayLike], *, heading: str, num_columns: int = 31,
+) -> None:
+    """Draws rows of pictures below each other, one column an example, as in Fig. 4 of Frosio & Kautz (2023).
+
+    Args:
+        path: where the PNG goes.
+        rows: name -> pictures, shape `[N, H, W, C]` in [0, 1], C being 1 or 3; all rows have the same N, H and W.
+        heading: title of the picture.
+        num_columns: examples side by side; the others follow below, in the same rows again.
+
+    Raises:
+        ValueError: where the rows do not fit each other.
+    """
+    images = {name: np.asarray(row) for name, row in rows.items()}
+    shapes = {row.shape[:3] for row in images.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"The rows have pictures of shapes {[row.shape for row in images.values()]}: give equal ones.")
+    (num, height, width), = shapes
+    gap = max(1, width // 16)
+    starts = range(0, num, num_columns)
+    figure = _figure(10.0, 0.5 + len(starts) * (len(rows) * height + 2 * gap) / (width * num_columns) * 9.0)
+    for axis, start in zip(figure.subplots(len(starts), 1, squeeze=False).flat, starts, strict=True):
+        lines = [_line(row[start : start + num_columns], num_columns, gap) for row in images.values()]
+        axis.imshow(np.concatenate(lines), vmin=0.0, vmax=1.0, interpolation="nearest")
+        axis.set_yticks([(i + 0.5) * (height + gap) for i in range(len(lines))], list(images), fontsize=7, color=_INK)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.suptitle(heading, fontsize=9, color=_INK)
+    figure.tight_layout(pad=0.4, h_pad=0.6)
+    _save(figure, path)
+
+
+def _line(images: np.ndarray, num_columns: int, gap: int) -> np.ndarray:
+    """Puts pictures side by side in colour on white."""
+    images = np.pad(images, ((0, num_columns - len(images)), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
+    line = np.concatenate(list(images), axis=1)
+    return np.broadcast_to(line, (*line.shape[:2], 3)).clip(0.0, 1.0)
+
+
 def curves(
     path: str | os.PathLike[str], series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str,
     y_label: str, heading: str, intervals: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,

@@ -51,6 +51,27 @@ def test_every_example_needs_a_title_and_a_partner(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("num", "columns"), [(62, 31), (5, 8)])
+def test_strips_show_every_row_of_every_block(num, columns, tmp_path):
+    shades = np.linspace(0.2, 0.8, num)[:, None, None, None] * np.ones((1, 10, 10, 1))
+    rows = {"dark": 0.5 * shades, "colour": np.concatenate([shades, 0 * shades, 0 * shades], axis=-1)}
+    plotting.strips(tmp_path / "s.png", rows, heading="heading", num_columns=columns)
+    pixels = _open(tmp_path / "s.png")
+    assert pixels.shape[1] == 1500
+    is_red = (pixels[..., 0] > 0.15) & (pixels[..., 1] < 0.05)
+    # As many bands of red as there are blocks.
+    bands = np.flatnonzero(np.diff(is_red.any(axis=1).astype(int)) == 1)
+    assert len(bands) == -(-num // columns)
+    brightest = pixels[..., 0][is_red].max()
+    np.testing.assert_allclose(brightest, 0.8, atol=0.02)
+
+
+def test_strips_of_unequal_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="equal ones"):
+        plotting.strips(tmp_path / "s.png", {"a": np.zeros((2, 4, 4, 1)), "b": np.zeros((3, 4, 4, 1))}, heading="")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_curves(tmp_path):
     series = {f"series {i}": ([0.1, 0.2, 0.3], [30.0, 20.0, 10.0 + i]) for i in range(8)}
     intervals = {"series 0": ([25.0, 15.0, 5.0], [35.0, 25.0, 15.0])}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.ndimage import map_coordinates
 
+from rdx import images
 from rdx.types import Array, ArrayLike, Key
 
 
@@ -50,13 +50,8 @@ def random_rotation(key: Key, x: Array, *, degrees: ArrayLike, index: Array | No
         The rotated images, in [0, 1], shape and dtype of `x`.
     """
     limit = jnp.deg2rad(jnp.asarray(degrees, x.dtype))
-
-    def rotate(key: Key, image: Array) -> Array:
-        angle = jax.random.uniform(key, (), x.dtype, -limit, limit)
-        places = _rotated_grid(angle, image.shape[0], image.shape[1])
-        return jax.vmap(lambda channel: map_coordinates(channel, places, 1), in_axes=2, out_axes=2)(image)
-
-    return _per_image(rotate, key, x, index).clip(0, 1)
+    angle = jax.vmap(lambda key: jax.random.uniform(key, (), x.dtype, -limit, limit))(_keys(key, x, index))
+    return images.warp(x, images.rotation(angle, height=x.shape[1], width=x.shape[2])).clip(0, 1)
 
 
 def random_flip(key: Key, x: Array, *, probability: ArrayLike = 0.5, index: Array | None = None) -> Array:
@@ -78,17 +73,9 @@ def random_flip(key: Key, x: Array, *, probability: ArrayLike = 0.5, index: Arra
 
 
 def _per_image(transform: Callable[[Key, Array], Array], key: Key, x: Array, index: Array | None) -> Array:
+    return jax.vmap(transform)(_keys(key, x, index), x)
+
+
+def _keys(key: Key, x: Array, index: Array | None) -> Key:
     places = jnp.arange(x.shape[0]) if index is None else index
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
-    return jax.vmap(transform)(keys, x)
-
-
-def _rotated_grid(angle: Array, height: int, width: int) -> list[Array]:
-    """Where in the original image each pixel of the rotated one lies."""
-    rows, columns = jnp.mgrid[:height, :width].astype(angle.dtype)
-    middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
-    down, right = rows - middle_row, columns - middle_column
-    return [
-        jnp.cos(angle) * down + jnp.sin(angle) * right + middle_row,
-        jnp.cos(angle) * right - jnp.sin(angle) * down + middle_column,
-    ]
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)

@@ -2,7 +2,7 @@
 
 from rdx.models import onnx
 from rdx.models.apply import Forward, forward, logits_fn, num_parameters
-from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, small_cnn
+from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, fonts_cnn, small_cnn, small_fonts_cnn
 from rdx.models.features import dropout_fn, features_fn, hidden_fn, last_layer
 from rdx.models.mlp import MLP
 from rdx.models.resnet import ResNet
@@ -21,6 +21,7 @@ __all__ = [
     "digits_cnn",
     "dropout_fn",
     "features_fn",
+    "fonts_cnn",
     "forward",
     "hidden_fn",
     "last_layer",
@@ -29,4 +30,5 @@ __all__ = [
     "num_parameters",
     "onnx",
     "small_cnn",
+    "small_fonts_cnn",
 ]

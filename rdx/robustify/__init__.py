@@ -1,10 +1,11 @@
 """A5: defensive perturbations that are made before anybody attacks (Frosio & Kautz 2023).
 
 Each recipe is a module with a loss builder of the same name for `rdx.train.fit`: `offline` (A5/O), `online` (A5/R),
-`joint` (A5/RC).
+`joint` (A5/RC). Those of physical objects (A5/P, A5/PC, A5/PRC) are in `physical`, the camera that pictures the objects
+in `acquisition`.
 """
 
-from rdx.robustify import joint, offline, online
+from rdx.robustify import acquisition, joint, offline, online, physical
 from rdx.robustify.objective import defend
 
-__all__ = ["defend", "joint", "offline", "online"]
+__all__ = ["acquisition", "defend", "joint", "offline", "online", "physical"]

@@ -8,11 +8,10 @@ crop and one rotation for a whole batch; `rdx.data` draws them for every image.
 
 from jax.tree_util import Partial
 
-from rdx import bounds
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.robustify import online
-from rdx.robustify.objective import Forward, LossOutput, check_budget, summarize
+from rdx.robustify.objective import Forward, LossOutput, check_budget, retrained
 from rdx.types import Array, Key, PyTree
 
 
@@ -46,8 +45,4 @@ def _loss(
 ) -> LossOutput:
     del key
     x_defended = online.apply(robustifier, params["robustifier"], batch["x"], defense=defense)
-    logits, next_state = classifier(params["classifier"], model_state, x_defended, train=True)
-    statistics = classifier.statistics(params["classifier"], model_state, x_defended)
-    logits_fn = classifier.logits_fn(params["classifier"], statistics)
-    loss, metrics = bounds.phased_objective(threat, logits, logits_fn, x_defended, batch["labels"], step)
-    return loss.mean(), (next_state, summarize(loss, metrics))
+    return retrained(classifier, params["classifier"], model_state, x_defended, batch["labels"], threat, step)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rdx import norms
+from rdx import bounds, norms
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.types import Array, LogitsFn, PyTree
@@ -68,6 +68,32 @@ def _unit(z: Array, norm: str) -> Array:
     if norm == "linf":
         return jnp.tanh(0.5 * z)  # = 2 (sigmoid(z) - 1/2), and exact at both ends in floating point
     return z / norms.expand(1.0 + norms.norm(z, norm), z)
+
+
+def retrained(
+    classifier: Forward, params: PyTree, model_state: PyTree, x_defended: Array, labels: Array, threat: Threat,
+    step: Array,
+) -> LossOutput:
+    """Computes the mean objective of a classifier that is trained on defended inputs.
+
+    BatchNorm, if any, takes the statistics of the defended batch, which enter the bounds as differentiable constants.
+
+    Args:
+        classifier: the network `x -> logits`.
+        params: its parameters.
+        model_state: its state.
+        x_defended: where the attacker starts, shape `[B, ...]`.
+        labels: shape `[B]`, int.
+        threat: the attack to prepare for.
+        step: number of updates so far.
+
+    Returns:
+        What a loss for `train.fit` returns.
+    """
+    logits, next_state = classifier(params, model_state, x_defended, train=True)
+    logits_fn = classifier.logits_fn(params, classifier.statistics(params, model_state, x_defended))
+    loss, metrics = bounds.phased_objective(threat, logits, logits_fn, x_defended, labels, step)
+    return loss.mean(), (next_state, summarize(loss, metrics))
 
 
 def summarize(loss: Array, metrics: dict[str, Array]) -> dict[str, Array]:

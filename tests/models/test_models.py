@@ -16,6 +16,7 @@ def _shapes(model, shape):
 @pytest.mark.parametrize(("model", "shape", "count"), [
     (models.a5_classifier(), (28, 28, 1), 13_257_290),
     (models.a5_classifier(), (32, 32, 3), 17_190_602),
+    (models.fonts_cnn(), (128, 128, 3), 356_342),
     (models.mnist_robustifier(), (28, 28, 1), 1_121),
     (models.cifar_robustifier(), (32, 32, 3), 112_131),
     (models.small_cnn(), (28, 28, 1), 166_406),
@@ -27,6 +28,16 @@ def test_parameter_counts(model, shape, count):
 
 def test_bench_cnn_keeps_the_resolution_in_its_second_convolution():
     assert _shapes(models.bench_cnn(), (28, 28, 1))["Dense_0"]["kernel"].shape == (14 * 14 * 32, 100)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_half_padding_centres_every_kernel(kernel, key):
+    model = models.ConvNet((models.Conv(1, kernel, 2),), (), 36, padding="HALF")
+    x = jax.random.uniform(key, (2, 12, 12, 1))
+    params = jax.tree.map(jnp.zeros_like, model.init(key, x)["params"])
+    centre = params["Conv_0"]["kernel"].at[kernel // 2, kernel // 2].set(1.0)
+    params = {"Conv_0": {**params["Conv_0"], "kernel": centre}, "Dense_0": {**params["Dense_0"], "kernel": jnp.eye(36)}}
+    np.testing.assert_allclose(model.apply({"params": params}, x), x[:, ::2, ::2].reshape(2, 36), atol=1e-6)
 
 
 def test_mlp_is_the_formula(key):
