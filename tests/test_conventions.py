@@ -32,7 +32,9 @@ BY_PLACE = {
     "rdx.metrics.rate": {"mask"},
     "rdx.metrics.wilson": {"z"},
     "rdx.models.onnx_node.Node.get": {"default"},  # as of a dict
-    **{f"rdx.models.cnn.{name}": {"num_classes"} for name in ("a5_classifier", "bench_cnn", "digits_cnn", "small_cnn")},
+    **{f"rdx.models.cnn.{name}": {"num_classes"} for name in (
+        "a5_classifier", "bench_cnn", "cnn7", "cnn7_batch_norm", "digits_cnn", "small_cnn"
+    )},
 }
 # The driver, and functions of its kind: first what they run, then keys.
 KEYS_LATER = {"rdx.attacks.apgd.start", "rdx.attacks.driver.run"}

@@ -2,7 +2,17 @@
 
 from rdx.models import onnx
 from rdx.models.apply import Forward, forward, logits_fn, num_parameters
-from rdx.models.cnn import Conv, ConvNet, a5_classifier, bench_cnn, digits_cnn, small_cnn
+from rdx.models.cnn import (
+    BatchNormConvNet,
+    Conv,
+    ConvNet,
+    a5_classifier,
+    bench_cnn,
+    cnn7,
+    cnn7_batch_norm,
+    digits_cnn,
+    small_cnn,
+)
 from rdx.models.features import dropout_fn, features_fn, hidden_fn, last_layer
 from rdx.models.mlp import MLP
 from rdx.models.resnet import ResNet
@@ -10,6 +20,7 @@ from rdx.models.robustifier import Robustifier, cifar_robustifier, mnist_robusti
 
 __all__ = [
     "MLP",
+    "BatchNormConvNet",
     "Conv",
     "ConvNet",
     "Forward",
@@ -18,6 +29,8 @@ __all__ = [
     "a5_classifier",
     "bench_cnn",
     "cifar_robustifier",
+    "cnn7",
+    "cnn7_batch_norm",
     "digits_cnn",
     "dropout_fn",
     "features_fn",
