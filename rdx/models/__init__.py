@@ -14,6 +14,7 @@ from rdx.models.cnn import (
     small_cnn,
 )
 from rdx.models.features import dropout_fn, features_fn, hidden_fn, last_layer
+from rdx.models.linf_distance import LinfDistanceNet
 from rdx.models.mlp import MLP
 from rdx.models.resnet import ResNet
 from rdx.models.robustifier import Robustifier, cifar_robustifier, mnist_robustifier
@@ -24,6 +25,7 @@ __all__ = [
     "Conv",
     "ConvNet",
     "Forward",
+    "LinfDistanceNet",
     "ResNet",
     "Robustifier",
     "a5_classifier",

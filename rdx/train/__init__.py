@@ -8,6 +8,7 @@ from rdx.train import (
     detectors,
     expressive,
     fast_ibp,
+    linf_distance,
     phased,
     sabr,
     schedules,
@@ -18,5 +19,5 @@ from rdx.train.loop import Phase, TrainState, fit, init_state
 
 __all__ = [
     "Phase", "TrainState", "adversarial", "averaging", "certified", "convex_outer", "detectors", "expressive",
-    "fast_ibp", "fit", "init_state", "phased", "sabr", "schedules", "standard", "taps",
+    "fast_ibp", "fit", "init_state", "linf_distance", "phased", "sabr", "schedules", "standard", "taps",
 ]

@@ -1,10 +1,10 @@
 """Certified training: interval bound propagation, CROWN-IBP with and without loss fusion, and A5's mixture of both.
 
-`mixed` and `ibp` minimise `bounds.phased_objective`, whose formulas are in `rdx.bounds.worst_case`: while the radius rises, CROWN-IBP
-gives way to intervals and the clean loss to the certified one. Source: Zhang et al. (2020, CROWN-IBP, arXiv:1906.06316,
-Sec. 3.2), with the schedules of Frosio & Kautz (2023, A5). With BatchNorm, statistics come from the clean batch and
-enter the bounds as differentiable constants. The bounds start from any initialisation; while `eps` is 0 they are exact,
-so flax's default one serves.
+`mixed` and `ibp` minimise `bounds.phased_objective`, whose formulas are in `rdx.bounds.worst_case`: while the radius
+rises, CROWN-IBP gives way to intervals and the clean loss to the certified one. Source: Zhang et al. (2020, CROWN-IBP,
+arXiv:1906.06316, Sec. 3.2), with the schedules of Frosio & Kautz (2023, A5). With BatchNorm, statistics come from the
+clean batch and enter the bounds as differentiable constants. The bounds start from any initialisation; while `eps` is 0
+they are exact, so flax's default one serves.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,8 @@ def relu_balance(layers: list[Interval], *, tolerance: ArrayLike = 0.5) -> Array
         center, is_on, is_off = layer.center, layer.lower > 0, layer.upper < 0
         spread = jnp.square(center - center.mean())
         for values in ((center, -center), (spread, spread)):
-            on, off = (jnp.where(flags, value, 0.0).mean() for flags, value in zip((is_on, is_off), values, strict=True))
+            pairs = zip((is_on, is_off), values, strict=True)
+            on, off = (jnp.where(flags, value, 0.0).mean() for flags, value in pairs)
             largest = jnp.maximum(on, off)
             ratio = jnp.minimum(on, off) / jnp.maximum(largest, _TINY)
             terms.append(jnp.where(largest > 0, jax.nn.relu(tau - ratio) / tau, 0.0))

@@ -1,4 +1,4 @@
-"""What certified losses share: the network in the clean batch's statistics, the mixture with the clean loss, the phases.
+"""What certified losses share: the network in the clean batch's statistics, the mixture of losses, the phases.
 
 A method is a robust loss, `robust(stage) -> Robust`, a function of everything that one step of training knows. The loss
 that is minimised is, averaged over the batch,
