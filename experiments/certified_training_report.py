@@ -9,7 +9,7 @@ import numpy as np
 from experiments.certified_training_presets import Config, Method
 from rdx.evaluate import ContradictionError, Evaluation, records, report
 
-# Natural and certified accuracy in percent at linf radius 0.1 and 0.3 on MNIST, with the network of each source. A star:
+# Natural and certified accuracy in percent on MNIST at linf radius 0.1 and 0.3, with each source's own network. A star:
 # quoted from memory, to be checked against the paper before anybody relies on it.
 REFERENCES: dict[str, tuple[str, str, str]] = {
     "ibp": ("98.94 / 97.08", "98.34 / 91.79", "Gowal et al. 2018, their code"),
