@@ -22,7 +22,7 @@ def lipschitz(fn: Callable[..., Array], region: Region, *args: PyTree, constant:
     not used, so that `bounds.ibp` may be tighter where it knows the function.
 
     Source: Tsuzuku et al. (2018, arXiv:1802.04034, Prop. 1): for logits that are jointly `L`-Lipschitz in l2 margins
-    have the constant `sqrt(2) L`; Zhang et al. (2021, arXiv:2102.05363, Prop. 3.4): for logits that are each
+    have the constant `sqrt(2) L`; Zhang et al. (2021, arXiv:2102.05363): for logits that are each
     `L`-Lipschitz, in any norm, they have `2 L`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Loss fusion (Xu et al. 2020, auto_LiRPA, arXiv:2002.12920, Sec. 4): the cross entropy bounded as one function.
+"""Loss fusion (Xu et al. 2020, auto_LiRPA, arXiv:2002.12920): the cross entropy bounded as one function.
 
 CROWN-IBP bounds the `K - 1` margins one by one, with a row of coefficients for each that goes back through the whole
 network. But training needs only one number, and the cross entropy is one as well:

@@ -16,7 +16,7 @@ class LinfDistanceNet(nn.Module):
     from about 8, as the gradient of the maximum is that of one element; such units are not 1-Lipschitz yet.
 
     Mean shift subtracts the batch's mean of each unit, the running one in inference. Source: Zhang et al. (2021,
-    arXiv:2102.05363, Secs. 3.1 and 4), their fully connected net. Weights are drawn from N(0, 1); the identity that
+    arXiv:2102.05363), their fully connected net. Weights are drawn from N(0, 1); the identity that
     they add to the weights of deep nets is left out. The parameter `scale` is for the loss of `train.linf_distance`.
 
     Attributes:

@@ -50,7 +50,7 @@ def fused(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0
 
     With the share `f` of `bounds.worst_case`, the certified loss is `bounds.fused_cross_entropy(..., crown_share=f)`.
 
-    Source: Xu et al. (2020, auto_LiRPA, arXiv:2002.12920, Sec. 4). At the final radius it equals `mixed`. Arguments are
+    Source: Xu et al. (2020, auto_LiRPA, arXiv:2002.12920). At the final radius it equals `mixed`. Arguments are
     those of `mixed`.
 
     Returns:

@@ -3,9 +3,9 @@
 With the adversarial input `x'`, margins `m(x') = z_y - z_j` and their lower bounds `l` by intervals, the weight `alpha`
 leads from the attacked loss (0, a lower bound of the worst case) to the certified one (1, an upper bound):
 
-    MTL-IBP   (1 - alpha) CE(x') + alpha E(l)          Eq. 5
-    CC-IBP    E((1 - alpha) m(x') + alpha l)           Eq. 4
-    Exp-IBP   CE(x')^(1 - alpha) E(l)^alpha            Eq. 6
+    MTL-IBP   (1 - alpha) CE(x') + alpha E(l)
+    CC-IBP    E((1 - alpha) m(x') + alpha l)
+    Exp-IBP   CE(x')^(1 - alpha) E(l)^alpha
 
 where `E(m) = log(1 + sum_{j != y} exp(-m_j))`, so that `CE(x') = E(m(x'))`.
 """
@@ -36,7 +36,7 @@ def mtl_ibp(
 ) -> Partial:
     """Builds the loss of MTL-IBP, `(1 - alpha) CE(x') + alpha E(l)`.
 
-    Source: De Palma et al. (2024, arXiv:2305.13991, Eq. 5). Difference: attack and bounds have the same radius, where
+    Source: De Palma et al. (2024, arXiv:2305.13991). Difference: attack and bounds have the same radius, where
     theirs attack twice as far for CIFAR-10 at 2/255.
 
     Args:

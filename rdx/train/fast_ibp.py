@@ -29,7 +29,7 @@ def init(key: Key, params: PyTree) -> PyTree:
     The interval of a pre-activation is then as wide, on average, as those of the units before it: `E |w| = sigma
     sqrt(2 / pi)`, so a sum of `fan_in` terms multiplies widths by `2`, and relu halves them.
 
-    Source: Shi et al. (2021, arXiv:2103.17268, Sec. 3.1). Differences: their code leaves the last layer as it was and
+    Source: Shi et al. (2021, arXiv:2103.17268). Differences: their code leaves the last layer as it was and
     halves the weights that follow a residual connection; here all kernels are drawn, none halved.
 
     Args:
@@ -54,7 +54,7 @@ def fast_ibp(
     Start it from `init`. For the phase at radius 0, where their code trains with all of this, `phased.phases` puts the
     clean loss.
 
-    Source: Shi et al. (2021, arXiv:2103.17268, Eqs. 8-12).
+    Source: Shi et al. (2021, arXiv:2103.17268).
 
     Args:
         forward: the model, from `models.forward`; the authors put BatchNorm before every ReLU.
@@ -81,7 +81,7 @@ def tightness(width: Array, layers: list[Interval], *, tolerance: ArrayLike = 0.
         tolerance: `tau`.
 
     Returns:
-        A scalar (Shi et al. 2021, Eq. 8).
+        A scalar (Shi et al. 2021).
     """
     tau = jnp.asarray(tolerance, jnp.float32)
     ratios = [width / jnp.maximum((layer.upper - layer.lower).mean(), _TINY) for layer in layers]
@@ -100,7 +100,7 @@ def relu_balance(layers: list[Interval], *, tolerance: ArrayLike = 0.5) -> Array
         tolerance: `tau`.
 
     Returns:
-        A scalar (Shi et al. 2021, Eqs. 9-11; who counts as on or off is as in their code).
+        A scalar (Shi et al. 2021; who counts as on or off is as in their code).
     """
     tau = jnp.asarray(tolerance, jnp.float32)
     terms = []

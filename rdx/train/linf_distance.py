@@ -25,7 +25,7 @@ def hinge_and_cross_entropy(
 ) -> Partial:
     """Builds the loss `min(relu(1 - m / theta), 1) + lambda CE(s z, y)` with the margin `m = z_y - max_{j != y} z_j`.
 
-    Source: Zhang et al. (2022, arXiv:2110.06850, Sec. 4), with the learned scale `s` and `lambda` falling with the
+    Source: Zhang et al. (2022, arXiv:2110.06850), with the learned scale `s` and `lambda` falling with the
     progress of `p`, from 0.1 to 0.001, as in their code. Difference: there the scale has a learning rate of its own.
 
     Args:

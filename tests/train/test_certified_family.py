@@ -262,8 +262,9 @@ def test_initial_kernels_have_the_variance_that_keeps_widths():
     conv = models.ConvNet((models.Conv(64, 3), models.Conv(256, 3)), (), 2)
     kernel = fast_ibp.init(jax.random.key(1), conv.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"])["Conv_1"]
     np.testing.assert_allclose(np.std(kernel["kernel"]), math.sqrt(2 * math.pi) / (9 * 64), rtol=0.02)
-    # Widths before the second ReLU are about those of the input, and 4 times as wide with flax's initialisation.
-    layers = bounds.details(bounds.ibp, models.logits_fn(model, {"params": drawn}),
+    # Around the input 0 with biases 0, every layer keeps the width.
+    unbiased = fast_ibp.init(jax.random.key(1), params)
+    layers = bounds.details(bounds.ibp, models.logits_fn(model, {"params": unbiased}),
                             Ball("linf", 0.01, low=-1.0).region(jnp.zeros((1, 300)))).layers
     widths = [float((layer.upper - layer.lower).mean()) for layer in layers.values()]
     np.testing.assert_allclose(widths[1] / widths[0], 1.0, atol=0.1)
