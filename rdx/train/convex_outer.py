@@ -19,10 +19,10 @@ from rdx.types import ArrayLike
 def convex_outer(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0) -> Partial:
     """Builds the loss `E = log(1 + sum_{j != y} exp(-J_j))` of the dual objectives `J_j <= min z_y - z_j`.
 
-    Source: Wong & Kolter (2018, arXiv:1711.00851, Theorem 1, with the feasible point of Algorithm 1). For a ball without
-    a box the bounds are exactly theirs, of hidden layers and of the margins. Difference: `ball` is intersected with its
-    box, such as the images' range, which is tighter; `low=-inf, high=inf` is theirs. Neither is intersected with
-    interval bounds. The cost is that of `bounds.crown`: a row of coefficients per hidden unit; the random projections
+    Source: Wong & Kolter (2018, arXiv:1711.00851, Theorem 1, with the feasible point of Algorithm 1). For a ball
+    without a box the bounds are exactly theirs, of hidden layers and of the margins. Difference: `ball` is intersected
+    with its box, such as the images' range, which is tighter; `low=-inf, high=inf` is theirs. Neither is intersected
+    with interval bounds. The cost is that of `bounds.crown`: a row of coefficients per hidden unit; the random projections
     of their later work (arXiv:1805.12514) are not used.
 
     Args:
