@@ -22,8 +22,8 @@ def convex_outer(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLik
     Source: Wong & Kolter (2018, arXiv:1711.00851, Theorem 1, with the feasible point of Algorithm 1). For a ball
     without a box the bounds are exactly theirs, of hidden layers and of the margins. Difference: `ball` is intersected
     with its box, such as the images' range, which is tighter; `low=-inf, high=inf` is theirs. Neither is intersected
-    with interval bounds. The cost is that of `bounds.crown`: a row of coefficients per hidden unit; the random projections
-    of their later work (arXiv:1805.12514) are not used.
+    with interval bounds. The cost is that of `bounds.crown`, a row of coefficients per hidden unit; the random
+    projections of their later work (arXiv:1805.12514) are not used.
 
     Args:
         forward: the model, from `models.forward`.
