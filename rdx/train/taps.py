@@ -136,9 +136,9 @@ def _least_margins(
     labels = stage.labels.astype(jnp.int32)
     num = jax.eval_shape(second, latent.lower).shape[1] - 1
     others = jnp.arange(num, dtype=jnp.int32)[None]
-    others = (others + (others >= labels[:, None])).reshape(-1)
+    others = (others + (others >= labels[:, None]).astype(jnp.int32)).reshape(-1)
     index = jnp.asarray(stage.batch.get("index", jnp.arange(len(labels))), jnp.int32)
-    index = (index[:, None] * num + jnp.arange(num, dtype=jnp.int32)).reshape(-1)
+    index = (index[:, None] * num + jnp.arange(num, dtype=jnp.int32)[None]).reshape(-1)
     box, labels = jax.tree.map(lambda leaf: jnp.repeat(leaf, num, axis=0), (latent, labels))
     center, radius, fixed = lax.stop_gradient((box.center, box.radius, second))
     goal = Goal(Partial(_minus_margin), Partial(_is_beaten), (others,))
