@@ -132,7 +132,8 @@ def _forward(x: Array, points: Array, p: Array) -> tuple[Array, tuple[Array, ...
 def _backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
     x, points, p, largest, total = kept
     # d ||v||_p / d |v_i| = (|v_i| / ||v||_p)^(p - 1)
-    outer = cotangent * total ** (1.0 / p - 1.0)
+    # The largest share is 1, so the total is less only where all differences are 0.
+    outer = cotangent * jnp.maximum(total, 1.0) ** (1.0 / p - 1.0)
     inner = outer[:, :, None] * _powers(x, points, largest, p - 1.0) * jnp.sign(x[:, None, :] - points[None])
     return inner.sum(axis=1), -inner.sum(axis=0), jnp.zeros_like(p)
 
