@@ -4,7 +4,7 @@ While the radius `eps` of the attack rises to `eps_max`, the share `f = (eps_max
 
     m    = f * CROWN-IBP + (1 - f) * IBP                      lower bounds of the margins z_y - z_j
     E    = log(1 + sum_{j != y} exp(-m_j))                    Frosio & Kautz (2023, A5, Eqs. 2-3)
-    loss = kappa CE(z, y) + (1 - kappa) E,                    kappa = f + kappa_end (1 - f)
+    loss = kappa CE(z, y) + (1 - kappa) E,                    kappa = kappa_start f + kappa_end (1 - f)
 
 Source: Zhang et al. (2020, CROWN-IBP, arXiv:1906.06316, Sec. 3.2); that one share drives both mixtures is what A5's
 released code does.
@@ -36,6 +36,20 @@ class WorstCase(NamedTuple):
     is_certified: Array
 
 
+class Moment(NamedTuple):
+    """The attack at one step of training.
+
+    Attributes:
+        ball: the attacker's ball at this step's radius.
+        share: `f = (eps_max - eps) / eps_max`, a scalar.
+        kappa: weight of the clean loss, a scalar.
+    """
+
+    ball: Ball
+    share: Array
+    kappa: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Threat:
@@ -46,12 +60,21 @@ class Threat:
         eps: a ramp `step -> radius` with its final value in the field `eps`, from `train.schedules`.
         kappa_end: weight of the clean loss at the final radius, in [0, 1].
         has_crown: whether bounds mix CROWN-IBP in; at the final radius its share is 0 and it can be left out.
+        kappa_start: weight of the clean loss at radius 0.
     """
 
     ball: Ball
     eps: PyTree
     kappa_end: ArrayLike = 0.0
     has_crown: bool = dataclasses.field(default=True, metadata={"static": True})
+    kappa_start: ArrayLike = 1.0
+
+    def at(self, step: Array) -> Moment:
+        """Computes radius and weights after `step` updates."""
+        eps = self.eps(step)
+        share = 1.0 - eps / jnp.maximum(jnp.asarray(self.eps.eps, jnp.float32), jnp.finfo(jnp.float32).tiny)
+        start, end = (jnp.asarray(kappa, jnp.float32) for kappa in (self.kappa_start, self.kappa_end))
+        return Moment(dataclasses.replace(self.ball, eps=eps), share, start * share + end * (1.0 - share))
 
 
 def worst_case(logits_fn: LogitsFn, region: Region, labels: Array, *, crown_share: Array | None = None) -> WorstCase:
@@ -96,14 +119,11 @@ def phased_objective(
         Loss `[B]` and metrics: `clean_loss`, `certified_loss`, `error`, `certified_error` (by intervals), each `[B]`,
         and the scalars `eps` and `kappa`.
     """
-    eps = threat.eps(step)
-    share = 1.0 - eps / jnp.maximum(jnp.asarray(threat.eps.eps, jnp.float32), jnp.finfo(jnp.float32).tiny)
-    kappa = share + jnp.asarray(threat.kappa_end, jnp.float32) * (1.0 - share)
-    region = dataclasses.replace(threat.ball, eps=eps).region(x)
-    worst = worst_case(logits_fn, region, labels, crown_share=share if threat.has_crown else None)
+    ball, share, kappa = threat.at(step)
+    worst = worst_case(logits_fn, ball.region(x), labels, crown_share=share if threat.has_crown else None)
     clean_loss = losses.cross_entropy(logits, labels)
     loss = kappa * clean_loss + (1.0 - kappa) * worst.loss
     return loss, {
         "clean_loss": clean_loss, "certified_loss": worst.loss, "error": losses.is_wrong(logits, labels),
-        "certified_error": ~worst.is_certified, "eps": eps, "kappa": kappa,
+        "certified_error": ~worst.is_certified, "eps": jnp.asarray(ball.eps), "kappa": kappa,
     }

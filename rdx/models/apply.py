@@ -82,10 +82,10 @@ class Forward:
         instant = Forward(self.model.clone(bn_momentum=0.0))  # pyright: ignore[reportCallIssue]
         return instant(params, model_state, x, train=True)[1]
 
-    def logits_fn(self, params: PyTree, model_state: PyTree) -> Partial:
-        """Builds the `LogitsFn` of the module in inference mode."""
-        static = {"train": False} if model_state else {}
-        return logits_fn(self.model, {"params": params, **model_state}, **static)
+    def logits_fn(self, params: PyTree, model_state: PyTree, **static: Hashable) -> Partial:
+        """Builds the `LogitsFn` of the module in inference mode; `static` are further keywords of its `__call__`."""
+        mode = {"train": False} if model_state else {}
+        return logits_fn(self.model, {"params": params, **model_state}, **mode, **static)
 
 
 def forward(model: nn.Module) -> Forward:

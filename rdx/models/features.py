@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.tree_util import Partial
 
+from rdx.models.cnn import BatchNormConvNet
 from rdx.types import Array, Key, PyTree
 
 
@@ -22,7 +23,12 @@ def features_fn(model: nn.Module, variables: PyTree) -> Partial:
     Returns:
         A `Partial` over the variables: `x [B, ...]` to the logits `[B, K]` and a tuple of what each hidden layer gives
         after its ReLU, the first layer first, each `[B, ...]`.
+
+    Raises:
+        ValueError: for a network with BatchNorm.
     """
+    if isinstance(model, BatchNormConvNet):
+        raise ValueError("Hidden layers are read from networks without BatchNorm: use a ConvNet or an MLP.")
     return Partial(_features(model), variables)
 
 

@@ -1,6 +1,23 @@
 """Training: loss builders, schedules, and the one loop that runs them all."""
 
-from rdx.train import adversarial, certified, detectors, schedules, standard
+from rdx.train import (
+    adversarial,
+    averaging,
+    certified,
+    convex_outer,
+    detectors,
+    expressive,
+    fast_ibp,
+    linf_distance,
+    phased,
+    sabr,
+    schedules,
+    standard,
+    taps,
+)
 from rdx.train.loop import Phase, TrainState, fit, init_state
 
-__all__ = ["Phase", "TrainState", "adversarial", "certified", "detectors", "fit", "init_state", "schedules", "standard"]
+__all__ = [
+    "Phase", "TrainState", "adversarial", "averaging", "certified", "convex_outer", "detectors", "expressive",
+    "fast_ibp", "fit", "init_state", "linf_distance", "phased", "sabr", "schedules", "standard", "taps",
+]

@@ -1,11 +1,13 @@
-"""Certified training: interval bound propagation, CROWN-IBP, and the mixture that A5 trains with.
+"""Certified training: interval bound propagation, CROWN-IBP with and without loss fusion, and A5's mixture of both.
 
-All minimise `bounds.phased_objective`, whose formulas are in `rdx.bounds.worst_case`: while the radius rises, CROWN-IBP
-gives way to intervals and the clean loss to the certified one. Source: Zhang et al. (2020, CROWN-IBP, arXiv:1906.06316,
-Sec. 3.2), with the schedules of Frosio & Kautz (2023, A5). With BatchNorm, statistics come from the clean batch and
-enter the bounds as differentiable constants. The bounds start from any initialisation; while `eps` is 0 they are exact,
-so flax's default one serves.
+`mixed` and `ibp` minimise `bounds.phased_objective`, whose formulas are in `rdx.bounds.worst_case`: while the radius
+rises, CROWN-IBP gives way to intervals and the clean loss to the certified one. Source: Zhang et al. (2020, CROWN-IBP,
+arXiv:1906.06316, Sec. 3.2), with the schedules of Frosio & Kautz (2023, A5). With BatchNorm, statistics come from the
+clean batch and enter the bounds as differentiable constants. The bounds start from any initialisation; while `eps` is 0
+they are exact, so flax's default one serves.
 """
+
+from collections.abc import Callable
 
 from jax.tree_util import Partial
 
@@ -13,8 +15,9 @@ from rdx import bounds
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.models import Forward
-from rdx.train import standard
+from rdx.train import phased, standard
 from rdx.train.loop import Phase
+from rdx.train.phased import Robust, Stage
 from rdx.train.schedules import Ramp
 from rdx.types import Array, ArrayLike, Key, PyTree
 
@@ -42,20 +45,39 @@ def ibp(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0) 
     return Partial(_certified, forward, Threat(ball, eps, kappa_end, has_crown=False))
 
 
-def phases(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0) -> tuple[Phase, Phase, Phase]:
-    """Builds the phases that train as `mixed` does and compute no more than they must.
+def fused(forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0) -> Partial:
+    """Builds the loss of `mixed` with CROWN-IBP's part bounded by loss fusion, one backward row instead of `K - 1`.
+
+    With the share `f` of `bounds.worst_case`, the certified loss is `bounds.fused_cross_entropy(..., crown_share=f)`.
+
+    Source: Xu et al. (2020, auto_LiRPA, arXiv:2002.12920). At the final radius it equals `mixed`. Arguments are
+    those of `mixed`.
+
+    Returns:
+        A loss for `train.fit` with the metrics of `phased.objective` and `certified_error`, by intervals.
+    """
+    return phased.objective(forward, ball, _fused, eps=eps, kappa_start=1.0, kappa_end=kappa_end)
+
+
+def phases(
+    forward: Forward, ball: Ball, *, eps: Ramp, kappa_end: ArrayLike = 0.0, loss: Callable[..., Partial] = mixed
+) -> tuple[Phase, ...]:
+    """Builds the phases that train as `mixed` or `fused` does and compute no more than they must.
 
     No bounds while the radius is 0, both while it rises, intervals alone at the final radius. Arguments are those of
-    `mixed`.
+    `mixed`, and the builder of the loss, `mixed` or `fused`.
 
     Returns:
         Phases for `train.fit`.
     """
-    return (
-        Phase(int(eps.start) + 1, standard.cross_entropy(forward)),
-        Phase(int(eps.end), mixed(forward, ball, eps=eps, kappa_end=kappa_end)),
-        Phase(None, ibp(forward, ball, eps=eps, kappa_end=kappa_end)),
-    )
+    rising = loss(forward, ball, eps=eps, kappa_end=kappa_end)
+    return phased.phases(forward, rising, eps=eps, final=ibp(forward, ball, eps=eps, kappa_end=kappa_end))
+
+
+def _fused(stage: Stage) -> Robust:
+    region = stage.ball.region(stage.x)
+    worst = bounds.fused_cross_entropy(stage.logits_fn, region, stage.labels, crown_share=stage.share)
+    return Robust(worst.loss, {"certified_error": ~worst.is_certified})
 
 
 def _certified(
@@ -67,5 +89,4 @@ def _certified(
     logits_fn = forward.logits_fn(params, forward.statistics(params, model_state, x))
     per_example, metrics = bounds.phased_objective(threat, logits, logits_fn, x, batch["labels"], step)
     loss = standard.batch_mean(per_example, batch)
-    means = {name: value if value.ndim == 0 else standard.batch_mean(value, batch) for name, value in metrics.items()}
-    return loss, (next_state, {"loss": loss, **means})
+    return loss, (next_state, {"loss": loss, **phased.means(metrics, batch)})

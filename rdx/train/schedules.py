@@ -1,4 +1,7 @@
-"""Ramps of the perturbation radius: `step -> eps`, jittable pytrees whose parameters are leaves."""
+"""Schedules `step -> value`, above all of the radius: jittable pytrees whose parameters are leaves.
+
+Each is an `optax.Schedule`, and the other way round, optax's own schedules serve as learning rates beside them.
+"""
 
 import dataclasses
 from typing import Protocol
@@ -67,6 +70,22 @@ class SmoothedRamp:
         line = (eps - at_middle) * _share(step, middle, end)
         # The sum may miss eps by a rounding; losses compare the radius with it.
         return jnp.where(_as_float(step) >= end, eps, curve + line)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GeometricRamp:
+    """The values `first (last / first)^t`, where `t` rises from 0 at step `start` to 1 at step `end`."""
+
+    first: ArrayLike
+    last: ArrayLike
+    start: int | Array
+    end: int | Array
+
+    def __call__(self, step: ArrayLike) -> Array:
+        """Computes the value at a step, a float32 scalar."""
+        first, last = _as_float(self.first), _as_float(self.last)
+        return first * (last / first) ** _share(step, self.start, self.end)
 
 
 def linear_ramp(eps: ArrayLike, start: int, length: int) -> LinearRamp:

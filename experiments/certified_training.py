@@ -1,0 +1,165 @@
+"""Compares methods of certified training: natural, attacked and certified accuracy of each, in one table.
+
+    python -m experiments.certified_training --dataset digits --preset smoke   (seconds)
+    python -m experiments.certified_training --dataset digits --preset cpu
+    python -m experiments.certified_training --dataset mnist --preset cpu      (RDX_DATA_DIR names the data's directory)
+    python -m experiments.certified_training --dataset mnist --preset paper    (an accelerator)
+    python -m experiments.certified_training --dataset mnist --preset cpu --tune 1
+
+Rows: IBP (Gowal et al. 2018), CROWN-IBP (Zhang et al. 2020), CROWN-IBP with loss fusion (Xu et al. 2020), Fast-IBP (Shi
+et al. 2021), SABR (Mueller et al. 2023), TAPS and STAPS (Mao et al. 2023), MTL-IBP, CC-IBP and Exp-IBP (De Palma et al.
+2024), the convex outer polytope (Wong & Kolter 2018) and a linf-distance net (Zhang et al. 2022). The layout is that of
+their Table 1: natural and certified accuracy at one radius; numbers of the papers stand beside ours.
+
+Everything goes to `runs/certified_training/<dataset>-<preset>/`: one JSON and NPZ per method and `table.md`. A run that
+is interrupted continues with the same command and ends with the same table. `--tune 1` trains every candidate of the
+methods' own hyper-parameters on a part of the training images and shows the sum of natural and certified accuracy on
+held-out ones, in `<dataset>-<preset>-tune/`; the presets hold what was chosen so. The test set is never chosen by.
+
+Certified is what CROWN intersected with intervals proves, confirmed in float64; for linf-distance nets, what intervals
+prove, which there is the Lipschitz bound. The record says which, and how much intervals alone prove.
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import certified_training_methods as methods
+from experiments import certified_training_report as table
+from experiments import command_line, runs, tramer_runs
+from experiments.certified_training_presets import Config, Method, config
+from rdx import attacks, bounds, data
+from rdx.balls import Ball
+from rdx.evaluate import evaluate, records, shared
+from rdx.train import fit
+from rdx.types import Array, Key, LogitsFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Command line.
+
+    Attributes:
+        dataset: digits or mnist.
+        preset: smoke, cpu or paper.
+        out: output directory; runs/certified_training/<dataset>-<preset> if empty.
+        root: directory of the published data files; RDX_DATA_DIR if empty.
+        archive: a prepared .npz instead, from `python -m rdx.data.archive`.
+        only: train only methods whose name contains this text.
+        tune: anything, to compare hyper-parameters on held-out images instead.
+    """
+
+    dataset: str = "digits"
+    preset: str = "cpu"
+    out: str = ""
+    root: str = ""
+    archive: str = ""
+    only: str = ""
+    tune: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every stage of a run needs."""
+
+    config: Config
+    parts: tramer_runs.Data
+    directory: Path
+    key: Key
+
+
+def main(arguments: Arguments) -> Path:
+    """Trains and certifies by every method that is not done yet, then writes the table; returns the directory."""
+    settings = config(arguments.dataset, arguments.preset)
+    if arguments.tune:
+        settings = dataclasses.replace(settings, num_train=settings.num_tune or settings.num_train)
+    parts = tramer_runs.load(
+        settings.dataset, num_train=settings.num_train, num_held_out=settings.num_held_out,
+        num_test=settings.num_test, root=arguments.root, archive=arguments.archive,
+    )
+    suffix = "-tune" if arguments.tune else ""
+    directory = Path(arguments.out or f"runs/certified_training/{settings.dataset}-{settings.preset}{suffix}")
+    runs.claim(directory, settings, parts.held_out if arguments.tune else parts.test)
+    run = Run(settings, parts, directory, jax.random.key(settings.seed))
+    for method in settings.methods:
+        if arguments.only not in method.name:
+            continue
+        if arguments.tune:
+            for weight in method.candidates:
+                _fill(run, method, weight, table.slug(method, weight), is_tuning=True)
+        else:
+            _fill(run, method, method.weight, table.slug(method), is_tuning=False)
+    return table.write_tuning(directory, settings) if arguments.tune else table.write(directory, settings)
+
+
+def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tuning: bool) -> None:
+    """Trains by a method, evaluates on test or held-out images and writes the record, unless it is there."""
+    if records.read(run.directory / "records", name) is not None:
+        return
+    begun = time.monotonic()
+    logits_fn, history = _train(run, method, weight, name)
+    seconds_training = time.monotonic() - begun
+    source, ball = run.parts.held_out if is_tuning else run.parts.test, Ball("linf", run.config.eps)
+    x, labels = data.to_float(source.images), jnp.asarray(source.labels)
+    verifier = bounds.ibp if method.kind == "linf_distance" else bounds.crown
+    attack_set = {} if is_tuning else _attacks(run.config)
+    result = evaluate(
+        run.key, logits_fn, x, source.labels, index=source.index, ball=ball, attacks=attack_set, method=verifier,
+        num_attacked=run.config.num_attacked, cross_check=run.config.cross_check, is_diagnosed=not is_tuning,
+    )
+    intervals = np.concatenate([
+        np.asarray(_by_intervals(logits_fn, ball, x[i : i + 500], labels[i : i + 500])) for i in range(0, len(x), 500)
+    ])
+    summary = records.summarize(result, tuple(attack_set))
+    records.write(run.directory / "records", name, {
+        "experiment": "certified_training", "method": method, "weight": weight, "config": run.config,
+        "network": str(methods.network(run.config, method).model),
+        "summary": summary, "certified_by": verifier.__name__, "certified_by_ibp": float(intervals.mean()),
+        "attacks": {name: attack.keywords for name, attack in attack_set.items()}, "data": run.parts.record(),
+        "evaluated": source.split if not is_tuning else "held out", "history": history[-1:],
+        "seconds_training": seconds_training, "seconds_total": time.monotonic() - begun,
+    }, result)
+    print(f"  {name}: {table.line(summary)}, by intervals {100 * intervals.mean():.2f} "
+          f"({seconds_training:.0f} + {time.monotonic() - begun - seconds_training:.0f} s)", flush=True)
+
+
+def _train(run: Run, method: Method, weight: float | None, name: str) -> tuple[LogitsFn, list[dict[str, float]]]:
+    settings = run.config
+    source = run.parts.train if method.num_train is None else run.parts.train.take(method.num_train)
+    batch_size = method.batch_size or settings.batch_size
+    per_epoch = max(len(source) // batch_size, 1)
+    optimizer = methods.optimizer(settings, method, per_epoch)
+    start = methods.start(
+        shared.key_of(run.key, f"init {method.kind}"), settings, method, data.to_float(source.images[:1]), optimizer
+    )
+    state, history = fit(
+        methods.phases(settings, method, weight, per_epoch), start, optimizer,
+        data.Loader(source, data.Sampler(len(source), batch_size, settings.seed), None),
+        key=shared.key_of(run.key, f"train {method.kind}"), num_steps=(method.epochs or settings.epochs) * per_epoch,
+        directory=run.directory / "checkpoints" / name, save_every=per_epoch, keep=1, log_every=per_epoch, label=name,
+    )
+    if history:
+        print(f"  {name}: { {key: f'{value:.4g}' for key, value in history[-1].items()} }", flush=True)
+    forward, params, model_state = methods.trained(settings, method, state, source)
+    return forward.logits_fn(params, model_state), history
+
+
+def _attacks(settings: Config) -> dict[str, functools.partial]:
+    return {
+        "pgd": functools.partial(attacks.pgd, num_steps=settings.num_steps, num_restarts=2),
+        "apgd": functools.partial(attacks.apgd, num_steps=settings.num_steps),
+    }
+
+
+@jax.jit
+def _by_intervals(logits_fn: LogitsFn, ball: Ball, x: Array, labels: Array) -> Array:
+    return bounds.certify(logits_fn, x, labels, ball=ball, method=bounds.ibp).certified
+
+
+if __name__ == "__main__":
+    main(command_line.parse(Arguments))

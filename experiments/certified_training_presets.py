@@ -1,0 +1,178 @@
+"""Settings of `experiments.certified_training`: the methods that are compared, and what each preset spends on them."""
+
+import dataclasses
+from typing import Any
+
+from rdx import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: of the record; also the method's name in the table.
+        kind: which loss, a key of `certified_training_methods.BUILDERS`.
+        weight: the method's own hyper-parameter: `alpha` of the expressive losses, the subselection ratio of SABR and
+            STAPS, the gradient scale of TAPS, the multiple of `2 eps` that the hinge of linf-distance nets asks for.
+        candidates: values of it that `--tune` compares on held-out images.
+        net: its network; None for that of its family.
+        batch_size: examples per update; None for the preset's.
+        epochs: passes over the training images; None for the preset's.
+        num_train: training images used; None for the preset's.
+        learning_rate: of Adam; None for the preset's.
+    """
+
+    name: str
+    kind: str
+    weight: float | None = None
+    candidates: tuple[float, ...] = ()
+    net: Any = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    num_train: int | None = None
+    learning_rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One table; the radius is linf, in units of [0, 1].
+
+    Attributes:
+        dataset: name of the data set.
+        preset: "smoke" (seconds, every branch), "cpu" (two cores) or "paper" (the papers' networks; an accelerator).
+        eps: radius that is trained for and certified.
+        methods: the rows.
+        plain: network of the methods without BatchNorm: IBP, CROWN-IBP, convex outer polytope.
+        norm: network of those that start from Fast-IBP's initialisation.
+        distance: the linf-distance net.
+        cut: layers that TAPS takes as the first part.
+        epochs: passes over the training images.
+        warmup: epochs at radius 0.
+        ramp: epochs in which the radius rises; the first and last thirds of a linf-distance net's training have a
+            constant norm instead.
+        decay: epochs after which the learning rate falls to a fifth.
+        average: epochs whose weights are averaged, at the end; 0 for none.
+        batch_size: examples per update.
+        learning_rate: of Adam.
+        clip: largest norm of a gradient.
+        attack_steps: of PGD in training.
+        latent_steps: of PGD in TAPS's latent box.
+        num_held_out: training images held out to choose by.
+        num_tune: training images used while choosing; None for all that the table uses.
+        num_attacked: test images counted for the attacked and the certified error.
+        cross_check: certified ones among them that are attacked nevertheless.
+        num_steps: steps of the attacks in the evaluation.
+        num_train: training images used; None for all.
+        num_test: test images used; None for all.
+        seed: of everything random.
+    """
+
+    dataset: str
+    preset: str
+    eps: float
+    methods: tuple[Method, ...]
+    plain: models.ConvNet
+    norm: models.BatchNormConvNet
+    distance: models.LinfDistanceNet
+    cut: int
+    epochs: int
+    warmup: int
+    ramp: int
+    decay: tuple[int, ...]
+    average: int
+    batch_size: int
+    learning_rate: float
+    clip: float = 10.0
+    attack_steps: int = 4
+    latent_steps: int = 4
+    num_held_out: int = 300
+    num_tune: int | None = None
+    num_attacked: int = 1000
+    cross_check: int = 100
+    num_steps: int = 40
+    num_train: int | None = None
+    num_test: int | None = None
+    seed: int = 0
+
+
+# Weights were chosen by `--tune` on MNIST `cpu`; see the docstring of `experiments.certified_training`.
+METHODS = (
+    Method("IBP", "ibp"),
+    Method("CROWN-IBP", "crown_ibp"),
+    Method("CROWN-IBP, loss fusion", "fused"),
+    Method("Fast-IBP", "fast_ibp"),
+    Method("SABR", "sabr", 0.4, (0.2, 0.4, 0.7)),
+    Method("TAPS", "taps", 5.0, (1.0, 5.0)),
+    Method("STAPS", "staps", 0.4, (0.2, 0.4, 0.7)),
+    Method("MTL-IBP", "mtl_ibp", 0.02, (0.02, 0.1, 0.3)),
+    Method("CC-IBP", "cc_ibp", 0.1, (0.03, 0.1, 0.3)),
+    Method("Exp-IBP", "exp_ibp", 0.2, (0.1, 0.2, 0.4)),
+    Method("convex outer polytope", "convex_outer"),
+    Method("linf-distance net", "linf_distance", 3.0, (1.5, 3.0), learning_rate=0.02),
+)
+
+
+def config(dataset: str, preset: str) -> Config:
+    """Looks up the settings of a data set and preset.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    builders = {"digits": _digits, "mnist": _mnist}
+    if dataset not in builders:
+        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    if preset not in {"smoke", "cpu", "paper"} or (dataset == "digits" and preset == "paper"):
+        raise ValueError(f"No preset {preset!r} for {dataset}: use smoke or cpu, and paper for mnist.")
+    if preset == "paper":
+        return _paper_mnist()
+    settings = builders[dataset]()
+    return _smoke(settings) if preset == "smoke" else settings
+
+
+def _smoke(settings: Config) -> Config:
+    convs = (models.Conv(8, 3, 2),)
+    methods = tuple(dataclasses.replace(
+        method, candidates=method.candidates[:2], net=None, epochs=None, num_train=None, batch_size=None
+    ) for method in settings.methods)
+    return dataclasses.replace(
+        settings, preset="smoke", eps=0.02, methods=methods, plain=models.ConvNet(convs, (16,)),
+        norm=models.BatchNormConvNet(convs, (16,)), distance=models.LinfDistanceNet((16,)), cut=1, epochs=6, warmup=1,
+        ramp=3, decay=(5,), average=1, batch_size=32, learning_rate=5e-3, attack_steps=2, latent_steps=2,
+        num_held_out=60, num_attacked=24, cross_check=24, num_steps=5, num_train=512, num_test=48,
+    )
+
+
+def _digits() -> Config:
+    net = models.digits_cnn()
+    return Config(
+        dataset="digits", preset="cpu", eps=0.1, methods=METHODS, plain=net,
+        norm=models.BatchNormConvNet(net.convs, net.dense), distance=models.LinfDistanceNet((128, 128)), cut=2,
+        epochs=60, warmup=2, ramp=30, decay=(45, 55), average=5, batch_size=64, learning_rate=1e-3, num_attacked=360,
+    )
+
+
+def _mnist() -> Config:
+    net = models.small_cnn()
+    return Config(
+        dataset="mnist", preset="cpu", eps=0.1, methods=METHODS, plain=net,
+        norm=models.BatchNormConvNet(net.convs, net.dense), distance=models.LinfDistanceNet((128, 64)), cut=2,
+        epochs=8, warmup=1, ramp=4, decay=(6, 7), average=1, batch_size=128, learning_rate=1e-3, num_held_out=1000,
+        num_tune=10_000, num_test=2000,
+    )
+
+
+def _paper_mnist() -> Config:
+    distance = models.LinfDistanceNet((5120,) * 4)
+    methods = tuple(
+        dataclasses.replace(method, epochs=400, batch_size=512, learning_rate=0.03)
+        if method.kind == "linf_distance" else method for method in METHODS if method.kind != "convex_outer"
+    )
+    # CROWN at every layer of CNN7 is out of reach: the convex outer polytope keeps its authors' small net.
+    outer = Method("convex outer polytope", "convex_outer", net=models.small_cnn(), batch_size=50)
+    return Config(
+        dataset="mnist", preset="paper", eps=0.1, methods=(*methods, outer), plain=models.cnn7(),
+        norm=models.cnn7_batch_norm(), distance=distance, cut=5, epochs=70, warmup=1, ramp=20, decay=(50, 60),
+        average=5, batch_size=256, learning_rate=5e-4, attack_steps=8, latent_steps=20, num_held_out=3000,
+        num_attacked=10_000, cross_check=1000, num_steps=100,
+    )

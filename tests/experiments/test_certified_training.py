@@ -1,0 +1,73 @@
+"""The comparison of certified training from end to end on the embedded digits."""
+
+import copy
+
+import pytest
+
+from experiments import certified_training, certified_training_presets, certified_training_report
+from rdx.evaluate import ContradictionError, records
+
+# One worker makes the run that all these tests look at.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("certified_training")]
+SETTINGS = certified_training_presets.config("digits", "smoke")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return certified_training.main(certified_training.Arguments(
+        preset="smoke", out=str(tmp_path_factory.mktemp("certified_training") / "straight")
+    ))
+
+
+def test_every_method_has_a_row_and_a_reference(finished):
+    text = (finished / "table.md").read_text()
+    for method in SETTINGS.methods:
+        # In the table, in the references, and beside IBP.
+        assert text.count(f"| {method.name}") == (2 if method.kind == "ibp" else 3)
+    assert "98.93 / 97.95" in text  # a paper's, quoted
+
+
+def test_errors_rise_from_clean_to_attacked_to_certified(finished):
+    certified = {}
+    for method in SETTINGS.methods:
+        record, result = records.read(finished / "records", certified_training_report.slug(method))
+        counts = [record["summary"][name]["count"] for name in ("clean", "attacked", "certified")]
+        assert counts == sorted(counts)
+        assert record["certified_by"] == ("ibp" if method.kind == "linf_distance" else "crown")
+        # CROWN is intersected with intervals; float64 may take back a certificate that float32 gave.
+        assert record["certified_by_ibp"] <= result.certified.mean() + 1 / len(result.label)
+        certified[method.kind] = result.certified.mean()
+    assert max(certified.values()) > 0.5  # or nothing would have been tested
+
+
+def test_a_second_run_ends_with_the_same_table(finished):
+    text = (finished / "table.md").read_text()
+    certified_training.main(certified_training.Arguments(preset="smoke", out=str(finished)))
+    assert (finished / "table.md").read_text() == text
+
+
+def test_tuning_looks_at_held_out_images_only(tmp_path):
+    directory = certified_training.main(certified_training.Arguments(
+        preset="smoke", out=str(tmp_path / "tune"), tune="1", only="MTL"
+    ))
+    (method,) = [method for method in SETTINGS.methods if method.kind == "mtl_ibp"]
+    for weight in method.candidates:
+        record, result = records.read(directory / "records", certified_training_report.slug(method, weight))
+        assert record["evaluated"] == "held out"
+        assert len(result.label) == SETTINGS.num_held_out
+    assert (directory / "table.md").read_text().count("| MTL-IBP") == len(method.candidates)
+
+
+def test_contradictions_are_refused(finished):
+    record, _ = records.read(finished / "records", "ibp")
+    wrong = copy.deepcopy(record["summary"])
+    wrong["attacked"]["count"] = wrong["certified"]["count"] + 1
+    with pytest.raises(ContradictionError, match="must rise"):
+        certified_training_report.line(wrong)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="digits, mnist"):
+        certified_training_presets.config("svhn", "cpu")
+    with pytest.raises(ValueError, match="paper for mnist"):
+        certified_training_presets.config("digits", "paper")
