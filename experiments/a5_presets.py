@@ -46,13 +46,14 @@ class Config:
         shift: augmentation of A5/RC: largest shift in pixels.
         rotation: augmentation of A5/RC: largest rotation in degrees.
         flip: augmentation of A5/RC: whether images are mirrored at random.
-        num_attacked: how many test images are counted and, unless certified, attacked.
+        num_attacked: how many test images are counted and, unless certified, attacked by AutoAttack.
         cross_check: how many certified images are attacked nevertheless.
-        pgd_steps: steps of PGD.
-        pgd_restarts: restarts of PGD.
-        apgd_steps: steps of APGD with cross entropy.
+        attack_steps: steps of APGD-CE, APGD-T and FAB-T in AutoAttack.
+        attack_queries: queries of Square in AutoAttack.
+        num_compared: how many test images IBP, CROWN-IBP and alpha-CROWN certify side by side.
         num_train: training images used; None for all.
         num_test: test images used; None for all.
+        num_offline: test images that A5/O optimises, and is evaluated on; None for all.
         seed: of everything random.
     """
 
@@ -71,13 +72,14 @@ class Config:
     shift: int = 4
     rotation: float = 10.0
     flip: bool = False
-    num_attacked: int = 1000
-    cross_check: int = 100
-    pgd_steps: int = 40
-    pgd_restarts: int = 3
-    apgd_steps: int = 100
+    num_attacked: int = 500
+    cross_check: int = 50
+    attack_steps: int = 100
+    attack_queries: int = 5000
+    num_compared: int = 100
     num_train: int | None = None
     num_test: int | None = None
+    num_offline: int | None = None
     seed: int = 0
 
 
@@ -105,8 +107,8 @@ def _smoke(settings: Config) -> Config:
         settings, preset="smoke", eps_classifier=settings.eps_classifier[:1], eps_attack=settings.eps_attack[:1],
         eps_defense=settings.eps_defense[-1:], eps_robustify=settings.eps_robustify[:1],
         base=once(settings.base), offline=once(settings.offline), online=once(settings.online),
-        joint=once(settings.joint), num_attacked=24, cross_check=4, pgd_steps=4, pgd_restarts=2, apgd_steps=5,
-        num_train=128, num_test=48,
+        joint=once(settings.joint), num_attacked=24, cross_check=4, attack_steps=5, attack_queries=20,
+        num_compared=8, num_train=128, num_test=48, num_offline=None,
     )
 
 
@@ -147,7 +149,7 @@ def _paper_mnist(dataset: str, classifier: models.ConvNet) -> Config:
         eps_defense=(0.05, 0.1, 0.2, 0.3, 0.4), classifier=classifier,
         robustifier=models.mnist_robustifier().clone(mean=classifier.mean, std=classifier.std),
         base=released, offline=dataclasses.replace(released, ramp=0, warmup=0), online=released, joint=released,
-        num_attacked=10_000, cross_check=1000, pgd_steps=100, pgd_restarts=10,
+        num_attacked=10_000, cross_check=1000, num_compared=1000,
     )
 
 
@@ -164,7 +166,7 @@ def _cifar10(preset: str) -> Config:
             robustifier=models.cifar_robustifier().clone(mean=mean, std=std),
             base=Schedule(200, 10, 120, 5e-4, (160, 180)), offline=dataclasses.replace(released, ramp=0, warmup=0),
             online=released, joint=released, flip=True, rotation=0.0, num_attacked=10_000, cross_check=1000,
-            pgd_steps=100, pgd_restarts=10,
+            num_compared=1000,
         )
     return Config(
         dataset="cifar10", preset="cpu", eps_attack=(2 * pixel,), eps_classifier=(2 * pixel,),

@@ -1,4 +1,4 @@
-"""Instruments that look at data and models: what any classifier can reach, and what a perturbation leaves of an image."""
+"""Instruments that look at data and models: what any classifier can reach, what a perturbation leaves."""
 
 # ruff: noqa: I001 - one name a line
 from rdx.analyse import similarity

@@ -27,7 +27,7 @@ def psnr(x: Array, other: Array) -> Array:
     Returns:
         Shape `[B]`.
     """
-    return dm_pix.psnr(x, other)
+    return jnp.asarray(dm_pix.psnr(x, other))
 
 
 def ssim(x: Array, other: Array) -> Array:

@@ -27,8 +27,8 @@ def quantise(x_defended: Array, x: Array, ball: Ball, *, num_bits: int = 8) -> A
         k = round(w)                    where that keeps to the ball,
         k = k_0 + trunc(w - k_0)        elsewhere: the nearest level on the way back to the original.
 
-    For linf each element is judged by itself, for l2 and l1 each image. The second choice never leaves the ball, because
-    no element ends farther from the original than it was.
+    For linf each element is judged by itself, for l2 and l1 each image. The second choice never leaves the ball: no
+    element ends farther from the original than it was.
 
     Args:
         x_defended: defended images in ball and box, shape `[B, ...]`.

@@ -132,7 +132,7 @@ def run(
         first = int(state.step)
         bar = stack.enter_context(_progress_bar(label, first, num_steps, is_shown=progress))
         window = _Window(first, saves)
-        losses: list[Partial] = [phase.loss for phase in phases]
+        losses: list[TrainLoss] = [phase.loss for phase in phases]
         for step in range(first, num_steps):
             batch = batches(step)
             if step == first:

@@ -28,7 +28,8 @@ def _by_formula(x, other, window):
             var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
             cov = (weights * (a - mean_a) * (b - mean_b)).sum()
             c1, c2 = 0.01**2, 0.03**2
-            values.append((2 * mean_a * mean_b + c1) * (2 * cov + c2) / (mean_a**2 + mean_b**2 + c1) / (var_a + var_b + c2))
+            brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+            values.append(brightness * (2 * cov + c2) / (var_a + var_b + c2))
     return np.mean(values)
 
 

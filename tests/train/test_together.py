@@ -1,4 +1,4 @@
-"""Trainings that run as one program end where each ends alone, on one device and on eight, and go on from checkpoints."""
+"""Trainings that run as one program end where each ends alone, on one device and on eight, and after a stop."""
 
 import jax
 import jax.numpy as jnp
