@@ -1,4 +1,4 @@
-"""Tiny ImageNet from small directories in the layouts of the published and of the 32-pixel version, and the real one."""
+"""Tiny ImageNet from small directories in its two layouts, and the real 32-pixel version."""
 
 import io
 import os
@@ -68,9 +68,8 @@ def test_the_published_layout_end_to_end(tmp_path):
     # Classes in the order of their folders, numbers in the order of numbers.
     order = sorted(range(3), key=lambda place: _CLASSES[place])
     label = {0: 2, 1: 0, 2: 199}
-    _assert_values(
-        train, [20 * i + place for place in order for i in (0, 2, 10)], [label[place] for place in order for _ in "012"],
-    )
+    expected = [20 * i + place for place in order for i in (0, 2, 10)]
+    _assert_values(train, expected, [label[place] for place in order for _ in range(3)])
     grey = train.images[3 * order.index(1) + 1]
     assert np.array_equal(grey[..., 0], grey[..., 2])
     test = data.load("tiny_imagenet", "test", root=tmp_path / "root")
