@@ -10,6 +10,7 @@ Computed by dm-pix.
 """
 
 import dm_pix
+import jax
 import jax.numpy as jnp
 
 from rdx.types import Array
@@ -43,4 +44,6 @@ def ssim(x: Array, other: Array) -> Array:
         Shape `[B]`.
     """
     side = min(x.shape[1:3])
-    return jnp.asarray(dm_pix.ssim(x, other, filter_size=min(_WINDOW, side - 1 + side % 2)))
+    # dm-pix adds floats to integers, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.asarray(dm_pix.ssim(x, other, filter_size=min(_WINDOW, side - 1 + side % 2)))

@@ -137,7 +137,8 @@ def run(
             batch = batches(step)
             if step == first:
                 losses, transform, state, key = program.place(losses, transform, state, key, batch)
-            state, metrics = program.update(losses[_place_of(phases, step)], transform, optimizer, state, key, batch)
+            current = losses[_phase_at(phases, step)]
+            state, metrics = program.update(current, transform, optimizer, state, batch, key=key)
             if _shares_threads(state.step):
                 jax.block_until_ready(state)
             window.metrics.append(metrics)
@@ -172,8 +173,8 @@ def scale_integers(key: Key, batch: PyTree) -> PyTree:
 
 
 def update(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, key: Key,
-    batch: PyTree,
+    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
+    key: Key,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Makes one step of training.
 
@@ -182,8 +183,8 @@ def update(
         transform: `(key, batch) -> batch`.
         optimizer: an optax transformation.
         state: before the step.
-        key: the run's key; the step's are folded from it.
         batch: what the step sees.
+        key: the run's key; the step's are folded from it.
 
     Returns:
         The state after the step, and the loss's metrics with `gradient_norm`.
@@ -259,7 +260,7 @@ def as_phases(loss: TrainLoss | Sequence[Phase], num_steps: int) -> tuple[Phase,
     return tuple(Phase(phase.until_step, compilation.as_partial(phase.loss)) for phase in phases)
 
 
-def _place_of(phases: Sequence[Phase], step: int) -> int:
+def _phase_at(phases: Sequence[Phase], step: int) -> int:
     return next(i for i, phase in enumerate(phases) if phase.until_step is None or step < phase.until_step)
 
 

@@ -77,21 +77,21 @@ def fit_together(
 
 
 def _update_on_shared(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, key: Key,
-    batch: PyTree,
+    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
+    key: Key,
 ) -> tuple[TrainState, dict[str, Array]]:
     def one(loss: Partial, state: TrainState, key: Key) -> tuple[TrainState, dict[str, Array]]:
-        return update(loss, transform, optimizer, state, key, batch)
+        return update(loss, transform, optimizer, state, batch, key=key)
 
     return jax.vmap(one, in_axes=(0, _AXES, 0), out_axes=(_AXES, 0))(loss, state, key)
 
 
 def _update_on_own(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, key: Key,
-    batch: PyTree,
+    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
+    key: Key,
 ) -> tuple[TrainState, dict[str, Array]]:
     def one(loss: Partial, state: TrainState, key: Key, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        return update(loss, transform, optimizer, state, key, batch)
+        return update(loss, transform, optimizer, state, batch, key=key)
 
     return jax.vmap(one, in_axes=(0, _AXES, 0, 0), out_axes=(_AXES, 0))(loss, state, key, batch)
 

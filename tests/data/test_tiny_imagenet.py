@@ -79,7 +79,7 @@ def test_the_published_layout_end_to_end(tmp_path):
 def test_the_archives_of_32_pixels_end_to_end(tmp_path):
     home = tmp_path / "tiny_imagenet32"
     home.mkdir()
-    members = {f"{wnid}/{wnid}_{i}.JPEG": _jpeg(10 * i + j, 32) for i, wnid in enumerate(_CLASSES) for j in range(2)}
+    members = {f"{wnid}/{wnid}_{j}.JPEG": _jpeg(10 * i + j, 32) for i, wnid in enumerate(_CLASSES) for j in range(2)}
     _write_archive(home / "train_100_per_class.tar.xz", members)
     _write_archive(home / "val.tar.xz", {f"{_CLASSES[1]}/val_1.JPEG": _jpeg(99, 32)})
     train, test = (data.load("tiny_imagenet32", split, root=tmp_path) for split in ("train_all", "test"))

@@ -98,11 +98,11 @@ def test_eight_runs_use_all_devices(monkeypatch):
     from rdx.train import together
 
     def looked_at(program, *args, **options):
-        def update(loss, transform, optimizer, state, key, batch):
+        def update(loss, transform, optimizer, state, batch, key):
             seen.append({len(leaf.devices()) for leaf in jax.tree.leaves((loss, state, key, batch))})
             shards = jax.tree.leaves(state.params)[0].addressable_shards
             seen.append([shard.data.shape[0] for shard in shards])
-            return program.update(loss, transform, optimizer, state, key, batch)
+            return program.update(loss, transform, optimizer, state, batch, key=key)
 
         return run(program._replace(update=update), *args, **options)
 
@@ -126,7 +126,7 @@ def test_the_run_that_diverges_is_named():
         return value, (model_state, {"loss": value})
 
     state = train.init_state({"w": jnp.float32(1.0)}, {}, _OPTIMIZER)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1 in run 2 \("):
+    with pytest.raises(FloatingPointError, match=r" is nan at step 1 in run 2 \("):
         train.fit_together(
             [Partial(loss, scale) for scale in (1.0, 2.0, jnp.nan)], [state] * 3, _OPTIMIZER,
             lambda step: {"x": np.zeros(1, np.float32)}, keys=jax.random.split(jax.random.key(0), 3), num_steps=3,
