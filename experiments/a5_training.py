@@ -215,10 +215,11 @@ def _legacy(run: Run, cell: Cell) -> LogitsFn:
 
 
 def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, Phase]:
-    """CROWN-IBP takes part while the radius rises; after that its share is 0 and it is left out."""
+    """CROWN-IBP takes part, if at all, while the radius rises; after that its share is 0 and it is left out."""
     ramp = _ramp(schedule, eps, len(run.train))
-    mixed, plain = (builder(threat=Threat(Ball("linf", 0.0), ramp, has_crown=has_crown)) for has_crown in (True, False))
-    return Phase(max(int(ramp.end), 0), mixed), Phase(None, plain)
+    kinds = run.config.has_crown, False
+    rising, plain = (builder(threat=Threat(Ball("linf", 0.0), ramp, has_crown=has_crown)) for has_crown in kinds)
+    return Phase(max(int(ramp.end), 0), rising), Phase(None, plain)
 
 
 def _ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
