@@ -168,8 +168,8 @@ def _notes(config: Config) -> str:
         f"with {config.attack_queries} queries), on every correct one of these images that is not certified; "
         f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
         "The attacker sees the defended image and the classifier, and does not run the defender again, as in the "
-        "paper. A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per "
-        "image.\n\n"
+        f"paper. A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per image."
+        f"{'' if config.has_crown else ' A5/R and A5/RC were trained by intervals alone, without CROWN-IBP.'}\n\n"
         "The paper's column is quoted as printed: its networks are larger and trained longer, its certified error is "
         "that of IBP, and all its columns are counted on the whole test set."
         + ("" if config.preset == "paper" else " Nothing here is a reproduction of it; the ordering is what compares.")
