@@ -133,9 +133,9 @@ def _digits(preset: str) -> Config:
 def _mnist(preset: str) -> Config:
     if preset == "paper":
         return _paper_mnist("mnist", models.a5_classifier())
-    # Cut to 150 minutes on two cores for all 42 cells: a small net, ten epochs for a classifier, three for A5/R and four
-    # for A5/RC, both by intervals alone because an update with CROWN-IBP takes three times as long or more, A5/O on
-    # 1000 images.
+    # Cut to 150 minutes on two cores for all 42 cells: a small net, ten epochs for a classifier, three for A5/R and
+    # four for A5/RC, both by intervals alone because an update with CROWN-IBP takes three times as long or more, A5/O
+    # on 1000 images.
     return Config(
         dataset="mnist", preset="cpu", eps_attack=(0.1, 0.3), eps_classifier=(0.1, 0.2, 0.3), eps_defense=(0.1, 0.3),
         classifier=models.small_cnn(), robustifier=models.mnist_robustifier(),
