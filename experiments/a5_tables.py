@@ -9,8 +9,8 @@ Fashion-MNIST, Tiny ImageNet and the embedded digits. Presets: `smoke` takes sec
 small nets on real data on two cores, `paper` has the paper's networks and the released code's schedules.
 
 Everything goes to `runs/a5_tables/<dataset>-<preset>/`: one JSON and NPZ per cell, `table.md` and pictures. A run that
-is interrupted continues with the same command and ends with the same table. On accelerators the trainings of a recipe
-run together as one program, on CPUs one after another; `--together N` says how many at once.
+is interrupted continues with the same command and ends with the same table. On accelerators ten trainings of a recipe
+run together as one program, on CPUs one after another; `--together N` says how many, and memory how many at most.
 
 Obtained: experiments/results/a5_tables. Expected from the paper with its larger nets, certified error on MNIST at eps_A
 = eps_A^C = 0.1 and eps_D = 0.1 and 0.3: base 5.41 %; A5/O 1.92 and 0.70; A5/R 2.54 and 1.54; A5/RC 1.40 and 1.02. The
@@ -52,7 +52,7 @@ class Arguments:
         archive: a prepared .npz instead, from `python -m rdx.data.archive`.
         split: what is robustified and evaluated: test, or validation to choose settings by.
         only: fill only cells whose name contains this text.
-        together: how many trainings of a recipe run as one program; all on accelerators and 1 on CPUs if empty.
+        together: how many trainings of a recipe run as one program; 10 on accelerators and 1 on CPUs if empty.
     """
 
     dataset: str = "digits"
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> Path:
 
 def _at_once(together: str) -> int:
     if not together:
-        return 1 if jax.default_backend() == "cpu" else 1000  # more than any table has
+        return 1 if jax.default_backend() == "cpu" else 10
     if not together.isdecimal() or int(together) < 1:
         raise ValueError(f"--together is {together!r}: say how many trainings run at once, 1 or more.")
     return int(together)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from experiments import a5_presets, a5_report, a5_tables, a5_training
+from rdx.data import catalogue
 from rdx.evaluate import ContradictionError, records, report
 
 _ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -256,3 +257,23 @@ def test_cells_are_in_the_order_in_which_they_depend_on_each_other():
         assert [cell.recipe for cell in cells[:num_classifiers]] == ["base"] * num_classifiers
         kinds = [cell.recipe for cell in cells]
         assert kinds.index("offline") < kinds.index("online") < kinds.index("joint")
+
+
+def test_the_grids_that_two_cores_fill():
+    full, half = (list(a5_report.cells(a5_presets.config(name, "cpu"))) for name in ("mnist", "fashion_mnist"))
+    assert len(full) == 6 + 3 * 12
+    assert half == [cell for cell in full if cell.eps_attack == 0.1]
+    radii = {(attack, classifier) for attack in (0.1, 0.3) for classifier in (0.1, 0.2, 0.3)}
+    assert {(cell.eps_attack, cell.eps_classifier) for cell in full} == radii
+    assert {cell.eps_defense for cell in full if cell.recipe != "base"} == {0.1, 0.3}
+
+
+@pytest.mark.parametrize("dataset", ["tiny_imagenet32", "tiny_imagenet", "cifar10", "fashion_mnist"])
+def test_networks_fit_the_images_of_every_set(dataset):
+    shape, class_names = catalogue.entry(dataset)
+    for preset in ("smoke", "cpu", "paper"):
+        settings = a5_presets.config(dataset, preset)
+        assert (settings.dataset, settings.preset) == (dataset, preset)
+        x = jax.ShapeDtypeStruct((2, *shape), np.float32)
+        for net, expected in ((settings.classifier, (2, len(class_names))), (settings.robustifier, (2, *shape))):
+            assert jax.eval_shape(lambda x, net=net: net.init_with_output(jax.random.key(0), x)[0], x).shape == expected
