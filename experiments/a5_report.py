@@ -178,6 +178,7 @@ def _notes(config: Config) -> str:
 
 def _draw_errors(directory: Path, config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> None:
     """Draws certified error against eps_D, one picture for each attacker, classifier and eps_A^R."""
+    counted = "whole test set" + (f" (A5/O: {config.num_offline} images)" if config.num_offline else "")
     for base, record in found.items():
         if base.recipe != "base":
             continue
@@ -195,7 +196,7 @@ def _draw_errors(directory: Path, config: Config, found: Mapping[Cell, Mapping[s
                 directory / f"certified-C{base.eps_classifier:.4g}-R{robustify:.4g}-A{base.eps_attack:.4g}.png", series,
                 x_label="eps_D, budget of the defender", y_label="certified error, %", intervals=intervals,
                 heading=f"{config.dataset}: eps_A = {_radius(base.eps_attack)}, "
-                f"eps_A^C = {_radius(base.eps_classifier)}, whole test set",
+                f"eps_A^C = {_radius(base.eps_classifier)}, {counted}",
                 baseline=("base classifier", 100 * record["summary"]["certified_all"]["value"]),
             )
 
