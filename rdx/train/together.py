@@ -6,6 +6,7 @@ batches and keys that it would see alone, so it ends where it would end alone, u
 On CPUs a convolution whose weights are batched takes about six times its time: there the runs go one after another.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -60,40 +61,39 @@ def fit_together(
     mesh = jax.make_mesh((num_devices,), ("runs",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
     over_runs, everywhere = NamedSharding(mesh, PartitionSpec("runs")), NamedSharding(mesh, PartitionSpec())
 
-    def place(losses: PyTree, transform: Partial, state: TrainState, keys: Key, batch: PyTree) -> Any:
-        del batch
-        spread = jax.device_put((losses, state._replace(step=()), keys), over_runs)
-        transform, step = jax.device_put((transform, state.step), everywhere)
-        return spread[0], transform, spread[1]._replace(step=step), spread[2]
-
     def load(step: int) -> PyTree:
         if callable(batches):
             return jax.device_put(batches(step), everywhere)
         return jax.device_put(_stack([own(step) for own in batches]), over_runs)
 
-    program = Program(compiled(_update_on_shared if callable(batches) else _update_on_own), place)
+    program = Program(_update_all(None if callable(batches) else 0), functools.partial(_place, over_runs, everywhere))
     state, history = run(program, stacked, state, optimizer, load, key=keys, num_steps=num_steps, **options)
     return _split(state, history, num_runs)
 
 
-def _update_on_shared(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
-    key: Key,
-) -> tuple[TrainState, dict[str, Array]]:
-    def one(loss: Partial, state: TrainState, key: Key) -> tuple[TrainState, dict[str, Array]]:
-        return update(loss, transform, optimizer, state, batch, key=key)
+@functools.cache
+def _update_all(batch_axis: int | None) -> Callable[..., Any]:
+    """Compiles one step of all runs, which share a batch or have one each along an axis."""
+    def update_all(
+        loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree,
+        *, key: Key,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def one(loss: Partial, state: TrainState, batch: PyTree, key: Key) -> tuple[TrainState, dict[str, Array]]:
+            return update(loss, transform, optimizer, state, batch, key=key)
 
-    return jax.vmap(one, in_axes=(0, _AXES, 0), out_axes=(_AXES, 0))(loss, state, key)
+        return jax.vmap(one, in_axes=(0, _AXES, batch_axis, 0), out_axes=(_AXES, 0))(loss, state, batch, key)
+
+    return compiled(update_all)
 
 
-def _update_on_own(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
-    key: Key,
-) -> tuple[TrainState, dict[str, Array]]:
-    def one(loss: Partial, state: TrainState, key: Key, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        return update(loss, transform, optimizer, state, batch, key=key)
-
-    return jax.vmap(one, in_axes=(0, _AXES, 0, 0), out_axes=(_AXES, 0))(loss, state, key, batch)
+def _place(
+    over_runs: NamedSharding, everywhere: NamedSharding, losses: PyTree, transform: Partial, state: TrainState,
+    keys: Key, batch: PyTree,
+) -> tuple[PyTree, Partial, TrainState, Key]:
+    del batch  # it is where it belongs
+    losses, own, keys = jax.device_put((losses, state._replace(step=()), keys), over_runs)
+    transform, step = jax.device_put((transform, state.step), everywhere)
+    return losses, transform, own._replace(step=step), keys
 
 
 def _stack_phases(losses: Sequence[TrainLoss | Sequence[Phase]], num_steps: int) -> tuple[Phase, ...]:
