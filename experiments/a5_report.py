@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import a5_paper
+from experiments import a5_certificates, a5_paper
 from experiments.a5_presets import Config
 from rdx import models, plotting
 from rdx.evaluate import records, report
@@ -69,7 +69,7 @@ def write(directory: Path, config: Config) -> Path:
         record = records.read(directory / "records", cell.name)
         if record is not None:
             found[cell] = record[0]
-    text = "\n\n".join([_heading(config, found), *_tables(config, found), _notes(config)])
+    text = "\n\n".join([_heading(config, found), *_tables(config, found), *_compared(found), _notes(config)])
     report.write_text(directory / "table.md", text)
     print(text)
     minutes = sum(record["seconds_total"] for record in found.values()) / 60
@@ -85,16 +85,18 @@ def write(directory: Path, config: Config) -> Path:
 
 
 def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
-    first = next(iter(found.values()), None)
-    sizes = "" if first is None else (
-        f"{first['data']['train_size']} training and {first['data']['size']} test images; seed {config.seed}, one run."
-    )
+    data = [record["data"] for record in found.values()]
+    size = max((entry["size"] for entry in data), default=0)
+    few = f"; of A5/O, on the first {config.num_offline}, which is all that it optimises" if config.num_offline else ""
+    sizes = f"{data[0]['train_size']} training and {size} test images; seed {config.seed}, one run. " if data else ""
     return (
         f"# A5 on {config.dataset}, preset `{config.preset}`\n\n"
         f"Errors in percent: clean [attacked, certified], all three counted on the first "
-        f"{min(config.num_attacked, first['data']['size']) if first else config.num_attacked} test images; \"all\" is "
-        f"the certified error on the whole test set, by CROWN-IBP and IBP together (in parentheses: by IBP alone).\n"
-        f"{sizes} Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}."
+        f"{min(config.num_attacked, size) if data else config.num_attacked} test images; \"all\" is "
+        f"the certified error on the whole test set, by CROWN-IBP and IBP together (in parentheses: by IBP "
+        f"alone){few}. \"8 bits\" is the same by both after the defended images were rounded to 8 bits, inside the "
+        f"defender's ball; PSNR and SSIM of the defended images are medians.\n"
+        f"{sizes}Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}."
     )
 
 
@@ -111,7 +113,10 @@ def _tables(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> Iterator
         if not chosen:
             continue
         number = _PAPER_TABLES.get(config.dataset, {}).get(recipe)
-        header = ["eps_A", "eps_A^C", "eps_A^R", "eps_D", "clean [attacked, certified]", "paper", "all (IBP)", "epochs"]
+        header = [
+            "eps_A", "eps_A^C", "eps_A^R", "eps_D", "clean [attacked, certified]", "paper", "all (IBP)", "8 bits",
+            "PSNR, SSIM", "epochs",
+        ]
         epochs = str(getattr(config, recipe).epochs)
         rows = [[*_radii(cell), *_results(config, cell, record), epochs] for cell, record in chosen.items()]
         layout = f" (layout of Table {number})" if number else ""
@@ -135,24 +140,45 @@ def _results(config: Config, cell: Cell, record: Mapping[str, Any]) -> list[str]
     quoted = a5_paper.quote(config.dataset, cell.recipe, **radii)
     paper = "-" if quoted is None else "{:.2f} [{:.2f}, {:.2f}]".format(*quoted)
     everything = f"{report.percent(summary['certified_all'])} ({100 * record['certified_all_by_ibp']:.2f})"
-    return [report.cell(summary), paper, everything]
+    if cell.recipe == "base":
+        return [report.cell(summary), paper, everything, "-", "-"]
+    similarity = f"{record['median_psnr']:.1f} dB, {record['median_ssim']:.2f}"
+    return [report.cell(summary), paper, everything, report.percent(record["in_8_bits"]), similarity]
+
+
+def _compared(found: Mapping[Cell, Mapping[str, Any]]) -> Iterator[str]:
+    """Lays out the certified errors by method, all on the same images."""
+    header = ["recipe", "eps_A", "eps_A^C", "eps_A^R", "eps_D", *a5_certificates.METHODS]
+    rows = [
+        [RECIPES.get(cell.recipe, "base"), *_radii(cell), *map(report.percent, record["compared"].values())]
+        for cell, record in found.items()
+    ]
+    totals = {record["compared"]["IBP"]["total"] for record in found.values()}
+    if rows:
+        yield (
+            f"## Certified error by method\n\nOn the first {max(totals)} test images of each cell; CROWN-IBP is "
+            f"intersected with IBP, alpha-CROWN has CROWN's hidden bounds and {a5_certificates.ALPHA_STEPS} steps for "
+            f"the slopes of the margins.\n\n{report.markdown(header, rows)}"
+        )
 
 
 def _notes(config: Config) -> str:
     return (
-        "Attacked: worst case per image of PGD "
-        f"({config.pgd_steps} steps, {config.pgd_restarts} restarts) and APGD with cross entropy ({config.apgd_steps} "
-        "steps) on every correct image that is not certified; "
+        f"Attacked: AutoAttack, version standard (APGD-CE, APGD-T and FAB-T with {config.attack_steps} steps, Square "
+        f"with {config.attack_queries} queries), on every correct one of these images that is not certified; "
         f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
-        "A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per image.\n\n"
-        "The paper's column is quoted as printed: its networks are larger and trained longer, its attack is "
-        "AutoAttack, its certified error is that of IBP, and all its columns are counted on the whole test set."
+        "The attacker sees the defended image and the classifier, and does not run the defender again, as in the "
+        f"paper. A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per image."
+        f"{'' if config.has_crown else ' A5/R and A5/RC were trained by intervals alone, without CROWN-IBP.'}\n\n"
+        "The paper's column is quoted as printed: its networks are larger and trained longer, its certified error is "
+        "that of IBP, and all its columns are counted on the whole test set."
         + ("" if config.preset == "paper" else " Nothing here is a reproduction of it; the ordering is what compares.")
     )
 
 
 def _draw_errors(directory: Path, config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> None:
     """Draws certified error against eps_D, one picture for each attacker, classifier and eps_A^R."""
+    counted = "whole test set" + (f" (A5/O: {config.num_offline} images)" if config.num_offline else "")
     for base, record in found.items():
         if base.recipe != "base":
             continue
@@ -170,7 +196,7 @@ def _draw_errors(directory: Path, config: Config, found: Mapping[Cell, Mapping[s
                 directory / f"certified-C{base.eps_classifier:.4g}-R{robustify:.4g}-A{base.eps_attack:.4g}.png", series,
                 x_label="eps_D, budget of the defender", y_label="certified error, %", intervals=intervals,
                 heading=f"{config.dataset}: eps_A = {_radius(base.eps_attack)}, "
-                f"eps_A^C = {_radius(base.eps_classifier)}, whole test set",
+                f"eps_A^C = {_radius(base.eps_classifier)}, {counted}",
                 baseline=("base classifier", 100 * record["summary"]["certified_all"]["value"]),
             )
 

@@ -33,7 +33,8 @@ BY_PLACE = {
     "rdx.metrics.wilson": {"z"},
     "rdx.models.onnx_node.Node.get": {"default"},  # as of a dict
     **{f"rdx.models.cnn.{name}": {"num_classes"} for name in (
-        "a5_classifier", "bench_cnn", "cnn7", "cnn7_batch_norm", "digits_cnn", "fonts_cnn", "small_cnn", "small_fonts_cnn",
+        "a5_classifier", "bench_cnn", "cnn7", "cnn7_batch_norm", "digits_cnn", "fonts_cnn", "small_cnn",
+        "small_fonts_cnn",
     )},
 }
 # The driver, and functions of its kind: first what they run, then keys.

@@ -1,8 +1,8 @@
-"""The project's own TFDS builders: MNIST, Fashion-MNIST and CIFAR-10 from local files, without TensorFlow.
+"""The project's own TFDS builders: MNIST, Fashion-MNIST, CIFAR-10, Tiny ImageNet from local files, without TensorFlow.
 
-Importing this module registers `rdx_mnist`, `rdx_fashion_mnist` and `rdx_cifar10` with tensorflow-datasets, so they can
-also be prepared and read with its own functions. Pixels are stored as bytes, since TFDS encodes images with TensorFlow,
-and every example carries its place in the published files, since TFDS shuffles what it writes.
+Importing this module registers them with tensorflow-datasets as `rdx_mnist` and so on, so they can also be prepared and
+read with its own functions. Pixels are stored as bytes, since TFDS encodes images with TensorFlow, and every example
+carries its place in the published files, since TFDS shuffles what it writes.
 """
 
 import contextlib
@@ -78,11 +78,27 @@ class RdxCifar10(_Builder):
     citation = "Krizhevsky (2009). Learning multiple layers of features from tiny images."
 
 
+class RdxTinyImagenet(_Builder):
+    """Tiny ImageNet; "test" is the published validation set."""
+
+    name = "rdx_tiny_imagenet"
+    source = "tiny_imagenet"
+    homepage = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    citation = "Le, Yang (2015). Tiny ImageNet visual recognition challenge."
+
+
+class RdxTinyImagenet32(RdxTinyImagenet):
+    """Tiny ImageNet at 32x32."""
+
+    name = "rdx_tiny_imagenet32"
+    source = "tiny_imagenet32"
+
+
 def prepare(name: str, root: str | Path, data_dir: str | Path) -> tfds.core.DatasetBuilder:
     """Prepares a data set as array_record files, offline.
 
     Args:
-        name: "mnist", "fashion_mnist" or "cifar10".
+        name: a data set of the catalogue, but for "digits".
         root: the directory that holds the published files.
         data_dir: where TFDS writes the prepared set.
 

@@ -25,7 +25,7 @@ def arrays(name: str, split: str, root: str | Path) -> raw.Arrays:
     """Reads a split of the data set under `root`, preparing the set first if that has not been done.
 
     Args:
-        name: "mnist", "fashion_mnist" or "cifar10".
+        name: a data set of the catalogue, but for "digits".
         split: "train" or "test".
         root: the directory that holds the published files.
 

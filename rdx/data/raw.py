@@ -1,5 +1,7 @@
 """Finds and reads the files that the data sets are published as: idx (MNIST, Fashion-MNIST) and CIFAR-10's batches.
 
+Tiny ImageNet's are in `rdx.data.tiny_imagenet`.
+
 CIFAR-10 (Krizhevsky 2009) is accepted as the published archive, as the directory of pickles in it, and as lossless WebP
 grids: one image per batch of tiles in row-major order, with a `labels.npz` that has one array per batch.
 """
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from rdx.data import tiny_imagenet
 from rdx.data.catalogue import CATALOGUE
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -45,7 +48,7 @@ def find(name: str, root: str | Path) -> Files:
     """Finds the files of the data set `name` under `root`.
 
     Args:
-        name: "mnist", "fashion_mnist" or "cifar10".
+        name: "mnist", "fashion_mnist", "cifar10", "tiny_imagenet" or "tiny_imagenet32".
         root: the directory that holds them, directly or in a subdirectory called `name`.
 
     Returns:
@@ -58,7 +61,11 @@ def find(name: str, root: str | Path) -> Files:
     # A directory called after another set is not searched: the file names of MNIST and Fashion-MNIST are the same.
     is_other = root.name in CATALOGUE and root.name != name
     directories = [root / name] if is_other else [root / name, root]
-    files = _find_cifar(root, directories) if name == "cifar10" else _find_idx(directories)
+    if name in tiny_imagenet.WANTED:
+        found = tiny_imagenet.find(name, directories)
+        files = None if found is None else Files(*found)
+    else:
+        files = _find_cifar(root, directories) if name == "cifar10" else _find_idx(directories)
     if files is None:
         raise FileNotFoundError(_missing(name, root, directories))
     return files
@@ -100,10 +107,12 @@ def _missing(name: str, root: Path, directories: list[Path]) -> str:
     if name == "cifar10":
         wanted, folder, also = _ALL_BATCHES, directories[0] / _PICKLES, f"or {_TAR}"
         searched = [*directories, *sorted(root.rglob(_PICKLES))]
+    elif name in tiny_imagenet.WANTED:
+        wanted, folder, also, searched = tiny_imagenet.WANTED[name], directories[0], "unpacked", directories
     else:
         wanted, folder, also = _IDX["train"] + _IDX["test"], directories[0], "each may end in .gz"
         searched = directories
-    absent = [file for file in wanted if not any(_gzipped(place / file).is_file() for place in searched)]
+    absent = [file for file in wanted if not any(_gzipped(place / file).exists() for place in searched)]
     return (
         f"{name}: missing {', '.join(absent or wanted)} ({also}); searched {', '.join(map(str, searched))}. "
         f"Put all of them into {folder}, or name the directory that holds {name}/ with root=... or RDX_DATA_DIR."

@@ -100,7 +100,7 @@ def load(
     cached in `RDX_CACHE_DIR` (`~/.cache/rdx`); an archive (`python -m rdx.data.archive`) needs numpy only.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist" or "cifar10".
+        name: "digits", "mnist", "fashion_mnist", "cifar10", "tiny_imagenet" or "tiny_imagenet32".
         split: "train_all" (all training images), "validation" (5 % of them, the end of a fixed permutation), "train"
             (the others) or "test".
         root: directory of the published files; see `rdx.data.raw.find`.

@@ -2,10 +2,11 @@
 
 Each recipe is a module with a loss builder of the same name for `rdx.train.fit`: `offline` (A5/O), `online` (A5/R),
 `joint` (A5/RC). Those of physical objects (A5/P, A5/PC, A5/PRC) are in `physical`, the camera that pictures the objects
-in `acquisition`.
+in `acquisition`. `quantise` makes 8-bit images of what they defend.
 """
 
 from rdx.robustify import acquisition, joint, offline, online, physical
 from rdx.robustify.objective import defend
+from rdx.robustify.quantise import quantise
 
-__all__ = ["acquisition", "defend", "joint", "offline", "online", "physical"]
+__all__ = ["acquisition", "defend", "joint", "offline", "online", "physical", "quantise"]

@@ -16,8 +16,9 @@ from rdx.train import (
     taps,
 )
 from rdx.train.loop import Phase, TrainState, fit, init_state
+from rdx.train.together import fit_together
 
 __all__ = [
     "Phase", "TrainState", "adversarial", "averaging", "certified", "convex_outer", "detectors", "expressive",
-    "fast_ibp", "fit", "init_state", "linf_distance", "phased", "sabr", "schedules", "standard", "taps",
+    "fast_ibp", "fit", "fit_together", "init_state", "linf_distance", "phased", "sabr", "schedules", "standard", "taps",
 ]

@@ -94,23 +94,51 @@ def fit(
         FloatingPointError: when a metric is NaN or infinite; no checkpoint of such a state is written.
         ValueError: where the phases do not cover the run, or the directory holds a longer run.
     """
-    phases = _check_phases(loss, num_steps)
+    return run(
+        Program(compiled(update), _replicate), loss, state, optimizer, batches, key=key, num_steps=num_steps,
+        transform=transform, directory=directory, save_every=save_every, keep=keep, log_every=log_every, on_log=on_log,
+        progress=progress, label=label,
+    )
+
+
+class Program(NamedTuple):
+    """How the loop computes: what differs between training one network and many at once.
+
+    Attributes:
+        update: the compiled step, of the signature of `update`.
+        place: commits `(losses, transform, state, key)` to the devices of the first batch, which is its last argument.
+    """
+
+    update: Callable[..., tuple[TrainState, dict[str, Array]]]
+    place: Callable[..., tuple[PyTree, Partial, TrainState, Key]]
+
+
+def run(
+    program: Program, loss: TrainLoss | Sequence[Phase], state: TrainState, optimizer: optax.GradientTransformation,
+    batches: Callable[[int], PyTree], *, key: Key, num_steps: int,
+    transform: Callable[[Key, PyTree], PyTree] | None = None, directory: str | os.PathLike[str] | None = None,
+    save_every: int = 1000, keep: int = 2, log_every: int = 50, on_log: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True, label: str = "train",
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Runs the loop of `fit`, whose arguments, results and errors it has, with the given program."""
+    phases = as_phases(loss, num_steps)
     transform = compilation.as_partial(scale_integers if transform is None else transform)
     # The step donates its state: without a copy the caller's arrays would be gone.
     state = jax.tree.map(jnp.copy, state)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         saves = stack.enter_context(Checkpoints(directory, save_every=save_every, keep=keep)) if directory else None
         state = _resume(saves, state, num_steps)
         first = int(state.step)
         bar = stack.enter_context(_progress_bar(label, first, num_steps, is_shown=progress))
         window = _Window(first, saves)
+        losses: list[TrainLoss] = [phase.loss for phase in phases]
         for step in range(first, num_steps):
             batch = batches(step)
             if step == first:
-                state, key, transform = _replicate((state, key, transform), batch)
-                phases = [Phase(until_step, _replicate(loss, batch)) for until_step, loss in phases]
-            state, metrics = _compiled_update()(_loss_at(phases, step), transform, optimizer, state, key, batch)
+                losses, transform, state, key = program.place(losses, transform, state, key, batch)
+            current = losses[_phase_at(phases, step)]
+            state, metrics = program.update(current, transform, optimizer, state, batch, key=key)
             if _shares_threads(state.step):
                 jax.block_until_ready(state)
             window.metrics.append(metrics)
@@ -144,17 +172,23 @@ def scale_integers(key: Key, batch: PyTree) -> PyTree:
     return {**batch, "x": x.astype(jnp.float32) / jnp.iinfo(x.dtype).max}
 
 
-@functools.cache
-def _compiled_update() -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    return jax.jit(
-        _update, static_argnames="optimizer", donate_argnames="state", compiler_options=compilation.cpu_options()
-    )
-
-
-def _update(
-    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, key: Key,
-    batch: PyTree,
+def update(
+    loss: Partial, transform: Partial, optimizer: optax.GradientTransformation, state: TrainState, batch: PyTree, *,
+    key: Key,
 ) -> tuple[TrainState, dict[str, Array]]:
+    """Makes one step of training.
+
+    Args:
+        loss: see `fit`.
+        transform: `(key, batch) -> batch`.
+        optimizer: an optax transformation.
+        state: before the step.
+        batch: what the step sees.
+        key: the run's key; the step's are folded from it.
+
+    Returns:
+        The state after the step, and the loss's metrics with `gradient_norm`.
+    """
     transform_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     batch = transform(transform_key, batch)
     gradient_fn = jax.grad(loss, has_aux=True)
@@ -165,6 +199,14 @@ def _update(
     params = optax.apply_updates(state.params, updates)
     metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
+
+
+@functools.cache
+def compiled(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a step like `update`, whose state it consumes; once for each function."""
+    return jax.jit(
+        update, static_argnames="optimizer", donate_argnames="state", compiler_options=compilation.cpu_options()
+    )
 
 
 class _Window:
@@ -180,28 +222,37 @@ class _Window:
         self.metrics = jax.device_get(self.metrics)
         for step, metrics in enumerate(self.metrics, self.first):
             for name, value in metrics.items():
-                if not np.isfinite(value):
-                    raise FloatingPointError(self._explain(name, float(value), step))
+                if not np.isfinite(value).all():
+                    raise FloatingPointError(self._explain(name, value, step))
 
-    def close(self, done: int) -> dict[str, float]:
+    def close(self, done: int) -> dict[str, Any]:
         """Averages the metrics and starts the next window."""
         self.fetch()
         names = dict.fromkeys(name for metrics in self.metrics for name in metrics)
-        row = {name: float(np.mean([metrics[name] for metrics in self.metrics if name in metrics])) for name in names}
+        rows = {name: [metrics[name] for metrics in self.metrics if name in metrics] for name in names}
         self.first, self.metrics = done, []
-        return {"step": done, **row}
+        return {"step": done, **{name: np.mean(values, axis=0).tolist() for name, values in rows.items()}}
 
-    def _explain(self, name: str, value: float, step: int) -> str:
+    def _explain(self, name: str, value: Any, step: int) -> str:
         last = self.first + len(self.metrics) - 1
         saved = None if self._saves is None else self._saves.latest_step
         good = "No checkpoint was written" if saved is None else f"The last good checkpoint is that of step {saved}"
+        where = ""
+        if value.ndim:  # of runs that train together
+            worst = int(np.flatnonzero(~np.isfinite(value))[0])
+            value, where = value[worst], f" in run {worst}"
         return (
-            f"{name} is {value} at step {step} (steps {self.first} to {last} were looked at). {good}. Lower the "
+            f"{name} is {value} at step {step}{where} (steps {self.first} to {last} were looked at). {good}. Lower the "
             "learning rate, clip the gradients, or look for a division by 0 or a logarithm of 0 in the loss."
         )
 
 
-def _check_phases(loss: TrainLoss | Sequence[Phase], num_steps: int) -> tuple[Phase, ...]:
+def as_phases(loss: TrainLoss | Sequence[Phase], num_steps: int) -> tuple[Phase, ...]:
+    """Makes phases of a loss, whose arrays are leaves of a `Partial` in each.
+
+    Raises:
+        ValueError: where the phases do not cover the run.
+    """
     phases = (Phase(None, loss),) if callable(loss) else tuple(loss)
     ends = [num_steps if phase.until_step is None else phase.until_step for phase in phases]
     if not ends or ends[-1] < num_steps or any(phase.until_step is None for phase in phases[:-1]):
@@ -209,9 +260,8 @@ def _check_phases(loss: TrainLoss | Sequence[Phase], num_steps: int) -> tuple[Ph
     return tuple(Phase(phase.until_step, compilation.as_partial(phase.loss)) for phase in phases)
 
 
-def _loss_at(phases: Sequence[Phase], step: int) -> Partial:
-    current = next(phase for phase in phases if phase.until_step is None or step < phase.until_step)
-    return compilation.as_partial(current.loss)
+def _phase_at(phases: Sequence[Phase], step: int) -> int:
+    return next(i for i, phase in enumerate(phases) if phase.until_step is None or step < phase.until_step)
 
 
 def _resume(saves: Checkpoints | None, state: TrainState, num_steps: int) -> TrainState:
@@ -224,12 +274,13 @@ def _resume(saves: Checkpoints | None, state: TrainState, num_steps: int) -> Tra
     return state
 
 
-def _replicate(tree: PyTree, batch: PyTree) -> PyTree:
+def _replicate(losses: PyTree, transform: Partial, state: TrainState, key: Key, batch: PyTree) -> Any:
+    """Commits everything to the devices of the batch: what is committed elsewhere, or nowhere, is compiled anew."""
     sharding = getattr(jax.tree.leaves(batch)[0], "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return tree
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), tree)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.device_put((losses, transform, state, key), sharding)
 
 
 def _shares_threads(array: Array) -> bool:
@@ -253,7 +304,7 @@ def _progress_bar(
 
         def show(done: int, history: list[dict[str, float]]) -> None:
             speed = (done - first) / (time.monotonic() - started)
-            loss = f"loss {history[-1]['loss']:.4f}  " if history and "loss" in history[-1] else ""
+            loss = f"loss {np.mean(history[-1]['loss']):.4f}  " if history and "loss" in history[-1] else ""
             bars.update(task, completed=done, status=f"{loss}{speed:.1f} steps/s")
 
         yield show

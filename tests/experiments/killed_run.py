@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from experiments import a5_presets, a5_tables
+from experiments import a5_presets, a5_tables, a5_training
 from rdx import models
 
 TRAINING, EVALUATION = "training", "evaluation"
@@ -26,6 +26,7 @@ def settings(dataset, preset):
         eps_classifier=(0.05,), robustifier=models.Robustifier((models.Conv(4, 3), models.Conv(1, 3))),
         base=a5_presets.Schedule(6, 2, 2, 0.003, (), 16), offline=a5_presets.Schedule(20, 0, 0, 0.05, (), 48),
         online=a5_presets.Schedule(2, 0, 1, 0.002, (), 16), joint=a5_presets.Schedule(2, 0, 1, 0.001, (), 16),
+        num_offline=32,
     )
 
 
@@ -41,7 +42,7 @@ def _die():
 
 def _die_in_training(directory):
     """Kills the process well after the first checkpoint of the classifier, and before the second."""
-    fit, checkpoints = a5_tables.fit, pathlib.Path(directory) / "checkpoints"
+    fit, checkpoints = a5_training.fit, pathlib.Path(directory) / "checkpoints"
 
     def fit_and_die(loss, state, optimizer, batches, *, label, **options):
         def deadly(step):
@@ -53,7 +54,7 @@ def _die_in_training(directory):
 
         return fit(loss, state, optimizer, deadly, label=label, **options)
 
-    a5_tables.fit = fit_and_die
+    a5_training.fit = fit_and_die
 
 
 def _die_in_evaluation():

@@ -224,3 +224,18 @@ def test_masked_rows_do_not_count():
     np.testing.assert_allclose(metrics["error"], padded_metrics["error"], rtol=1e-6)
     expected = -jax.nn.log_softmax(model.apply({"params": params}, x[:6]))[jnp.arange(6), labels[:6]].mean()
     np.testing.assert_allclose(one, expected, rtol=1e-5)
+
+
+def test_a_step_is_compiled_once_wherever_its_arrays_come_from(tmp_path):
+    optimizer, compiled = optax.sgd(1.0), loop.compiled(loop.update)
+    compiled.clear_cache()
+
+    def fit(w, num_steps, directory):
+        state = train.init_state({"w": w}, {}, optimizer)
+        train.fit(Partial(_climb, jnp.float32(2.0)), state, optimizer, lambda step: {"x": jnp.zeros(1)},
+                  key=jax.random.key(0), num_steps=num_steps, directory=directory, progress=False)
+
+    fit(jnp.float32(0.0), 3, tmp_path)
+    fit(jnp.float32(0.0), 6, tmp_path)  # from the checkpoint
+    fit(jax.device_put(jnp.float32(0.0), jax.devices()[0]), 3, None)
+    assert compiled._cache_size() == 1

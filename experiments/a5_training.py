@@ -1,0 +1,278 @@
+"""What the cells of A5's tables train: classifiers, A5/O, A5/R and A5/RC, one after another or many at once.
+
+Every training is a `Job` with checkpoints of its own. On accelerators the jobs of one kind are a single vectorised
+program (`train_together`), which leaves each job's last checkpoint where `train` finds it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.a5_presets import Config, Schedule
+from experiments.a5_report import Cell
+from rdx import data, models, robustify
+from rdx.balls import Ball
+from rdx.bounds import Threat
+from rdx.checkpoints import Checkpoints
+from rdx.train import certified, fit_together, schedules, standard
+from rdx.train.loop import Phase, fit, init_state
+from rdx.types import Array, Key, LogitsFn, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every stage of a run needs."""
+
+    config: Config
+    train: data.Source
+    test: data.Source
+    directory: Path
+    classifier: models.Forward
+    robustifier: models.Forward
+
+    def path(self, name: str) -> Path:
+        """Names the checkpoint directory of one training."""
+        return self.directory / "checkpoints" / name
+
+    def evaluated(self, cell: Cell) -> data.Source:
+        """Selects the test images of a cell: A5/O optimises, and so has, no more than the config says."""
+        return self.test.take(self.config.num_offline or len(self.test)) if cell.recipe == "offline" else self.test
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: of its checkpoints.
+        schedule: how long and how fast.
+        loss: a loss of `fit`, or its phases.
+        params: where it starts.
+        source: what it sees.
+        stream: which of the run's keys it draws from.
+        transform: augmentation, if any.
+    """
+
+    name: str
+    schedule: Schedule
+    loss: Any
+    params: PyTree
+    source: data.Source
+    stream: int
+    transform: Callable[..., PyTree] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Counts the updates."""
+        return self.schedule.epochs * steps_per_epoch(len(self.source), self.schedule)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Gives `fit` all but the loss, the state, the batches and the key."""
+        per_epoch = steps_per_epoch(len(self.source), self.schedule)
+        return {
+            "num_steps": self.num_steps, "transform": self.transform, "save_every": max(per_epoch, 100), "keep": 1,
+            "log_every": per_epoch, "label": self.name,
+        }
+
+
+def defended(run: Run, cell: Cell) -> tuple[LogitsFn, Array]:
+    """Trains what a cell needs, where that is not done, and defends its test images.
+
+    Returns:
+        The classifier, and the images of `run.evaluated(cell)`, as floats.
+    """
+    x, defense = data.to_float(run.evaluated(cell).images), Ball("linf", cell.eps_defense)
+    if cell.recipe == "base":
+        return _legacy(run, cell), x
+    if cell.recipe == "offline":
+        params = train(run, offline_job(run, cell))
+        return _legacy(run, cell), robustify.offline.apply(params, x, jnp.arange(len(x)), defense=defense)
+    if cell.recipe == "online":
+        logits_fn, robustifier = _legacy(run, cell), train(run, online_job(run, cell))
+    else:
+        both = train(run, joint_job(run, cell))
+        logits_fn, robustifier = run.classifier.logits_fn(both["classifier"], {}), both["robustifier"]
+    return logits_fn, in_batches(lambda part: _apply_online(run.robustifier, robustifier, part, defense), x)
+
+
+def train(run: Run, job: Job) -> PyTree:
+    """Trains, or goes on, or takes the finished parameters from the checkpoint."""
+    batch_size = min(job.schedule.batch_size, len(job.source))
+    mesh = data.data_mesh() if batch_size % jax.device_count() == 0 else None
+    optimizer = _optimizer(job)
+    state, history = fit(
+        job.loss, init_state(job.params, {}, optimizer), optimizer, _batches(run, job, mesh), key=_key(run, job.stream),
+        directory=run.path(job.name), **job.options,
+    )
+    _show(job, history)
+    # Training leaves them on every device of the mesh, evaluation happens on one.
+    return jax.device_put(state.params, jax.local_devices()[0])
+
+
+def train_together(run: Run, cells: Iterable[Cell], at_once: int) -> None:
+    """Trains what cells need, up to `at_once` jobs of a kind as one program, and leaves their checkpoints.
+
+    Args:
+        run: the run.
+        cells: which cells.
+        at_once: the largest number of jobs in one program; memory limits it.
+    """
+    cells = list(cells)
+    stages = (
+        (lambda cell: classifier_job(run, cell.eps_classifier), {"base", "offline", "online", "joint"}),
+        (lambda cell: offline_job(run, cell), {"offline"}), (lambda cell: online_job(run, cell), {"online", "joint"}),
+        (lambda cell: joint_job(run, cell), {"joint"}),
+    )
+    for build, recipes in stages:
+        jobs = {job.name: job for job in (build(cell) for cell in cells if cell.recipe in recipes)}
+        kinds: dict[Any, list[Job]] = {}
+        for job in jobs.values():
+            kinds.setdefault(jax.tree.structure(job.loss), []).append(job)
+        for alike in kinds.values():
+            for start in range(0, len(alike), at_once):
+                _train_group(run, alike[start : start + at_once])
+
+
+def _train_group(run: Run, jobs: list[Job]) -> None:
+    if all((run.path(job.name) / str(job.num_steps)).exists() for job in jobs):
+        return
+    name = f"together-{hashlib.sha256(' '.join(job.name for job in jobs).encode()).hexdigest()[:12]}"
+    first, optimizer = jobs[0], _optimizer(jobs[0])
+    print(f"{len(jobs)} at once: {', '.join(job.name for job in jobs)}", flush=True)
+    states, histories = fit_together(
+        [job.loss for job in jobs], [init_state(job.params, {}, optimizer) for job in jobs], optimizer,
+        _batches(run, first, None), keys=jnp.stack([_key(run, job.stream) for job in jobs]), directory=run.path(name),
+        **{**first.options, "label": name},
+    )
+    for job, state, history in zip(jobs, states, histories, strict=True):
+        with Checkpoints(run.path(job.name), save_every=job.num_steps, keep=1) as saves:
+            saves.save(job.num_steps, state, force=True)
+        _show(job, history)
+    shutil.rmtree(run.path(name))
+
+
+def classifier_job(run: Run, eps: float) -> Job:
+    """Describes the training of a classifier for the radius `eps`."""
+    schedule = run.config.base
+    params = run.classifier.model.init(_key(run, 0), data.to_float(run.train.images[:1]))["params"]
+    ramp = _ramp(schedule, eps, len(run.train))
+    loss = standard.cross_entropy(run.classifier)
+    if eps > 0:
+        loss = certified.phases(run.classifier, Ball("linf", 0.0), eps=ramp)
+    return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1)
+
+
+def offline_job(run: Run, cell: Cell) -> Job:
+    """Describes A5/O on the cell's test images."""
+    schedule, source = run.config.offline, run.evaluated(cell)
+    threat = Threat(Ball("linf", 0.0), _ramp(schedule, cell.eps_robustify, len(source)), has_crown=False)
+    loss = robustify.offline.offline(_legacy(run, cell), defense=Ball("linf", cell.eps_defense), threat=threat)
+    return Job(cell.training, schedule, loss, robustify.offline.init(len(source), source.images.shape[1:]), source, 2)
+
+
+def online_job(run: Run, cell: Cell) -> Job:
+    """Describes A5/R, also that which A5/RC starts from."""
+    params = run.robustifier.model.init(_key(run, 3), data.to_float(run.train.images[:1]))["params"]
+    builder = functools.partial(
+        robustify.online.online, _legacy(run, cell), run.robustifier, defense=Ball("linf", cell.eps_defense)
+    )
+    schedule, name = run.config.online, cell.training.replace("joint", "online")
+    return Job(name, schedule, _phases(run, schedule, cell.eps_robustify, builder), params, run.train, 4)
+
+
+def joint_job(run: Run, cell: Cell) -> Job:
+    """Describes A5/RC."""
+    base, robustifier = train(run, classifier_job(run, cell.eps_classifier)), train(run, online_job(run, cell))
+    builder = functools.partial(
+        robustify.joint.joint, run.classifier, run.robustifier, defense=Ball("linf", cell.eps_defense)
+    )
+    loss, params = _phases(run, run.config.joint, cell.eps_robustify, builder), robustify.joint.init(robustifier, base)
+    return Job(cell.training, run.config.joint, loss, params, run.train, 5, _augment(run.config))
+
+
+def steps_per_epoch(num_examples: int, schedule: Schedule) -> int:
+    """Counts the updates in one pass over the examples."""
+    return max(1, num_examples // schedule.batch_size)
+
+
+def in_batches(fn: Callable[..., Array], *arrays: Array, batch_size: int = 1000) -> Array:
+    """Applies `fn` to a thousand examples at a time."""
+    starts = range(0, len(arrays[0]), batch_size)
+    return jnp.concatenate([fn(*(array[start : start + batch_size] for array in arrays)) for start in starts])
+
+
+def _legacy(run: Run, cell: Cell) -> LogitsFn:
+    return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier)), {})
+
+
+def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, Phase]:
+    """CROWN-IBP takes part, if at all, while the radius rises; after that its share is 0 and it is left out."""
+    ramp = _ramp(schedule, eps, len(run.train))
+    kinds = run.config.has_crown, False
+    rising, plain = (builder(threat=Threat(Ball("linf", 0.0), ramp, has_crown=has_crown)) for has_crown in kinds)
+    return Phase(max(int(ramp.end), 0), rising), Phase(None, plain)
+
+
+def _ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
+    if schedule.ramp == 0:
+        return schedules.linear_ramp(eps, start=-1, length=1)
+    return schedules.smoothed(
+        eps, start_epoch=schedule.warmup + 1, length_epochs=schedule.ramp, mid=0.3,
+        steps_per_epoch=steps_per_epoch(num_examples, schedule), beta=4.0,
+    )
+
+
+def _batches(run: Run, job: Job, mesh: jax.sharding.Mesh | None) -> Callable[[int], PyTree]:
+    sampler = data.Sampler(len(job.source), min(job.schedule.batch_size, len(job.source)), run.config.seed)
+    loader = data.Loader(job.source, sampler, mesh)
+    return lambda step: {**loader(step), "row": jnp.asarray(sampler.indices(step))}
+
+
+def _optimizer(job: Job) -> optax.GradientTransformation:
+    per_epoch = steps_per_epoch(len(job.source), job.schedule)
+    return _rmsprop(job.schedule.learning_rate, tuple(epoch * per_epoch for epoch in job.schedule.decay))
+
+
+@functools.cache
+def _rmsprop(learning_rate: float, boundaries: tuple[int, ...]) -> optax.GradientTransformation:
+    rate = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(boundaries, 0.1))
+    # torch's RMSProp, which the paper uses, adds its epsilon outside the root.
+    return optax.rmsprop(rate, decay=0.99, eps_in_sqrt=False)
+
+
+@functools.cache
+def _augment(settings: Config) -> jax.tree_util.Partial:
+    def transform(key: Key, batch: PyTree) -> PyTree:
+        shift_key, rotation_key, flip_key = jax.random.split(key, 3)
+        x, index = data.to_float(batch["x"]), batch["index"]
+        x = data.random_shift(shift_key, x, padding=settings.shift, index=index)
+        if settings.rotation:
+            x = data.random_rotation(rotation_key, x, degrees=settings.rotation, index=index)
+        if settings.flip:
+            x = data.random_flip(flip_key, x, index=index)
+        return {**batch, "x": x}
+
+    return jax.tree_util.Partial(transform)
+
+
+@functools.partial(jax.jit, static_argnames="robustifier")
+def _apply_online(robustifier: models.Forward, params: PyTree, x: Array, defense: Ball) -> Array:
+    return robustify.online.apply(robustifier, params, x, defense=defense)
+
+
+def _key(run: Run, stream: int) -> Key:
+    return jax.random.fold_in(jax.random.key(run.config.seed), stream)
+
+
+def _show(job: Job, history: list[dict[str, float]]) -> None:
+    if history:
+        print(f"  {job.name}: {({name: f'{value:.4g}' for name, value in history[-1].items()})}", flush=True)
