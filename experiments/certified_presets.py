@@ -92,8 +92,8 @@ def _digits() -> Config:
 
 def _mnist() -> Config:
     return Config(
-        dataset="mnist", preset="cpu", eps=(0.1,), net=models.small_cnn(), epochs=16, warmup=1, ramp=8,
-        batch_size=128, learning_rate=1e-3, num_held_out=3000,
+        dataset="mnist", preset="cpu", eps=(0.1,), net=models.small_cnn(), epochs=12, warmup=1, ramp=6,
+        batch_size=128, learning_rate=1e-3, num_held_out=3000, num_train=20_000,
     )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -19,14 +20,28 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+_STARTED = time.monotonic()
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out tests marked slow unless RDX_SLOW=1 or a marker expression is given."""
+    """Puts tests marked slow last, and leaves them out unless RDX_SLOW=1 or a marker expression is given."""
+    items.sort(key=_is_slow)
     if os.environ.get("RDX_SLOW") == "1" or config.getoption("-m"):
         return
     skip = pytest.mark.skip(reason="slow: set RDX_SLOW=1")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for item in filter(_is_slow, items):
+        item.add_marker(skip)
+
+
+def pytest_runtest_setup(item):
+    """Leaves out slow tests that would begin later than RDX_SLOW_MINUTES after the start; the summary names them."""
+    limit = float(os.environ.get("RDX_SLOW_MINUTES", "inf"))
+    if _is_slow(item) and time.monotonic() - _STARTED > 60.0 * limit:
+        pytest.skip(f"slow, and {limit:g} minutes are over (RDX_SLOW_MINUTES)")
+
+
+def _is_slow(item):
+    return "slow" in item.keywords
 
 
 # Linux allows a process 65,530 memory maps, every compiled program takes some, and beyond XLA crashes.
