@@ -13,15 +13,20 @@ from rdx import plotting
 from rdx.evaluate import Evaluation, records, report
 
 RECIPES = {
-    "vanilla": "vanilla", "crown-ibp": "CROWN-IBP", "p": "A5/P", "control": "CROWN-IBP, trained on as long as A5/PC",
+    "vanilla": "vanilla", "base": "certified (CROWN-IBP)", "p": "A5/P", "control": "certified, trained on as A5/PC",
     "pc": "A5/PC", "prc": "A5/PRC",
 }
 _EPOCHS = {
-    "vanilla": ("vanilla",), "crown-ibp": ("base",), "p": ("base", "prototypes"), "control": ("base", "retrained"),
+    "vanilla": ("vanilla",), "base": ("base",), "p": ("base", "prototypes"), "control": ("base", "retrained"),
     "pc": ("base", "retrained"), "prc": ("base", "retrained", "robustified"),
 }
 # Which rows are compared picture by picture.
-_PAIRS = (("crown-ibp", "vanilla"), ("p", "crown-ibp"), ("pc", "p"), ("pc", "control"), ("prc", "pc"))
+_PAIRS = (("base", "vanilla"), ("p", "base"), ("pc", "p"), ("pc", "control"), ("prc", "pc"))
+
+
+def title(config: Config, recipe: str) -> str:
+    """Names a row."""
+    return RECIPES[recipe] if config.has_crown else RECIPES[recipe].replace("CROWN-IBP", "IBP")
 
 
 def line(summary: Mapping[str, Any]) -> str:
@@ -38,7 +43,7 @@ def write(directory: Path, config: Config) -> Path:
     read = {recipe: records.read(directory / "records", recipe) for recipe in RECIPES}
     found = {recipe: pair for recipe, pair in read.items() if pair is not None}
     summaries = {recipe: record for recipe, (record, _) in found.items()}
-    text = "\n\n".join([_heading(config), _table(config, summaries), _paired(found), _notes(config)])
+    text = "\n\n".join([_heading(config), _table(config, summaries), _paired(config, found), _notes(config)])
     report.write_text(directory / "table.md", text)
     print(text)
     minutes = sum(record["seconds_total"] for record in summaries.values()) / 60
@@ -70,7 +75,7 @@ def _table(config: Config, found: Mapping[str, Mapping[str, Any]]) -> str:
     for recipe, record in found.items():
         summary, quoted = record["summary"], a5_paper.GLYPHS.get(recipe)
         rows.append([
-            RECIPES[recipe], report.cell(summary), "-" if quoted is None else "{:.2f} [{:.2f}]".format(*quoted),
+            title(config, recipe), report.cell(summary), "-" if quoted is None else "{:.2f} [{:.2f}]".format(*quoted),
             f"{report.percent(summary['clean_all'])} [{report.percent(summary['certified_all'])} "
             f"({100 * record['certified_all_by_ibp']:.2f})]",
             " + ".join(str(getattr(config, name).epochs) for name in _EPOCHS[recipe]),
@@ -81,14 +86,14 @@ def _table(config: Config, found: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _paired(found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
+def _paired(config: Config, found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
     header = ["", "compared with", "certified only here", "certified only there", "both", "neither"]
     rows = []
     for here, there in _PAIRS:
         if here in found and there in found:
             a, b = found[here][1].certified, found[there][1].certified
             counts = [(a & ~b).sum(), (~a & b).sum(), (a & b).sum(), (~a & ~b).sum()]
-            rows.append([RECIPES[here], RECIPES[there], *(str(count) for count in counts)])
+            rows.append([title(config, here), title(config, there), *(str(count) for count in counts)])
     return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}"
 
 
@@ -101,6 +106,7 @@ def _notes(config: Config) -> str:
         "Certified by CROWN-IBP and IBP together, in parentheses by IBP alone.\n\n"
         "The paper's column is quoted as printed: its characters are Comic Sans at 128 x 128 pixels, its network is "
         "larger, and its certified error is that of IBP."
+        + ("" if config.has_crown else " Its certified classifier is trained by CROWN-IBP, this one by IBP.")
         + ("" if config.preset == "paper" else " Nothing here is a reproduction of it; the ordering is what compares.")
     )
 
@@ -113,6 +119,6 @@ def _draw(directory: Path, config: Config, recipe: str) -> None:
         directory / f"{recipe}.png", {
             "robustified": 1.0 - defended, "prototype": 1.0 - original,
             "difference": 0.5 - 0.5 * (defended - original) / config.eps_defense, "photographed": picture,
-        }, heading=f"{RECIPES[recipe]}: ink on paper; differences from -{config.eps_defense:g} to "
+        }, heading=f"{title(config, recipe)}: ink on paper; differences from -{config.eps_defense:g} to "
         f"{config.eps_defense:g}, dark where ink is added",
     )

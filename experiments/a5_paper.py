@@ -144,7 +144,7 @@ CIFAR10: dict[str, dict[int, tuple[Triple, ...]]] = {
 
 # Table 9 (62 characters, eps_A = 0.1): clean and certified error; the paper attacks none of these.
 GLYPHS: dict[str, tuple[float, float]] = {
-    "vanilla": (0.89, 100.0), "crown-ibp": (3.85, 13.85), "p": (3.08, 11.84), "pc": (0.73, 4.20),
+    "vanilla": (0.89, 100.0), "base": (3.85, 13.85), "p": (3.08, 11.84), "pc": (0.73, 4.20),
 }
 
 

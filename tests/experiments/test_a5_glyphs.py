@@ -60,7 +60,7 @@ def test_prototypes_lie_in_their_ball_and_help(finished):
             moved = np.abs(images["defended"].astype(np.float32) - images["original"] / np.float32(255)).max()
         assert moved <= eps + 1e-3  # stored in half precision
         assert (moved > 0.05) == (recipe in {"p", "pc", "prc"})
-    assert errors["pc"] < errors["p"] < errors["crown-ibp"] < errors["vanilla"]
+    assert errors["pc"] < errors["p"] < errors["base"] < errors["vanilla"]
 
 
 def test_validation_has_other_pictures_and_every_row_the_same_draws(tmp_path):
@@ -114,7 +114,7 @@ def test_a_directory_of_other_settings_is_refused(finished):
 def test_mistakes_are_named(tmp_path):
     for changes, message in (
         ({"preset": "fast"}, "smoke, cpu or paper"), ({"split": "train"}, "test or validation"),
-        ({"only": "o"}, "vanilla, crown-ibp, p, control, pc, prc"),
+        ({"only": "o"}, "vanilla, base, p, control, pc, prc"),
     ):
         with pytest.raises(ValueError, match=message):
             a5_glyphs.main(a5_glyphs.Arguments(**{"out": str(tmp_path / "x"), **changes}))
