@@ -14,7 +14,8 @@ their Table 1: natural and certified accuracy at one radius; numbers of the pape
 Everything goes to `runs/certified_training/<dataset>-<preset>/`: one JSON and NPZ per method and `table.md`. A run that
 is interrupted continues with the same command and ends with the same table. `--tune 1` trains every candidate of the
 methods' own hyper-parameters on a part of the training images and shows the sum of natural and certified accuracy on
-held-out ones, in `<dataset>-<preset>-tune/`; the presets hold what was chosen so. The test set is never chosen by.
+held-out ones, in `<dataset>-<preset>-tune/`. The test set is never chosen by. The presets' weights are of the size that
+the papers give for MNIST; none was tuned yet.
 
 Certified is what CROWN intersected with intervals proves, confirmed in float64; for linf-distance nets, what intervals
 prove, which there is the Lipschitz bound. The record says which, and how much intervals alone prove.
