@@ -140,11 +140,15 @@ def test_trained_together_a_recipe_ends_as_it_does_alone(tmp_path, monkeypatch):
         jobs = [a5_training.online_job(run, cell) for cell in cells if cell.recipe == "online"]
         jobs += [a5_training.offline_job(run, cell) for cell in cells if cell.recipe == "offline"]
         parameters.append([a5_training.train(run, job) for job in jobs])
-    for alone, together in zip(*parameters, strict=True):
-        # RMSProp divides gradients by themselves at first, so that roundings of near-zero ones move parameters.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), alone, together)
-        jax.tree.map(lambda a, b: np.testing.assert_array_less(np.abs(a - b).mean(), 1e-3), alone, together)
-    assert np.abs(jax.tree.leaves(parameters[0][0])[0] - jax.tree.leaves(parameters[0][1])[0]).max() > 1e-2
+    for first in (0, 2):  # the robustifiers, then A5/O
+        cells_apart = _distance(parameters[0][first], parameters[0][first + 1])
+        for place in (first, first + 1):
+            # RMSProp divides gradients by themselves at first, so that roundings of near-zero ones move a few numbers.
+            assert _distance(parameters[0][place], parameters[1][place]) < 0.05 * cells_apart
+
+
+def _distance(a, b):
+    return np.sqrt(sum(np.square(x - y).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
 
 
 def test_pictures(finished):
