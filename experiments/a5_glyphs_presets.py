@@ -83,9 +83,9 @@ def _cpu() -> Config:
         preset="cpu", size=32, camera=_small_camera(), classifier=models.small_fonts_cnn(),
         robustifier=models.Robustifier((models.Conv(16, 3), models.Conv(3, 5)), mean=(0.5,)),
         vanilla=Schedule(20, 20, 0, 1e-3, (15,), 124), base=Schedule(60, 4, 30, 1e-3, (45, 55), 124),
-        prototypes=Schedule(20, 0, 0, 1e-3, (15,), 124), retrained=Schedule(60, 0, 2, 1e-3, (45, 55), 124),
-        robustified=Schedule(40, 0, 2, 1e-3, (25, 35), 124), prototype_speed=10.0,
-        num_train=64, num_test=32, num_attacked=992, cross_check=100, pgd_steps=40, pgd_restarts=3, apgd_steps=100,
+        prototypes=Schedule(20, 0, 0, 1e-3, (15,), 124), retrained=Schedule(40, 0, 2, 1e-3, (28, 36), 124),
+        robustified=Schedule(20, 0, 2, 1e-3, (14, 18), 124), prototype_speed=10.0,
+        num_train=64, num_test=16, num_attacked=496, cross_check=50, pgd_steps=40, pgd_restarts=3, apgd_steps=100,
     )
 
 
