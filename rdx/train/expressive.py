@@ -87,21 +87,21 @@ def _expressive(combine: Partial, attack: Partial, alpha: ArrayLike, stage: Stag
     at_attack = margins_fn(stage.attacked(attack), stage.labels)
     lower = bounds.ibp(margins_fn, stage.ball.region(stage.x), stage.labels).lower
     attacked, certified = losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower)
-    return Robust(combine(alpha, at_attack, lower), {
+    return Robust(combine(jnp.asarray(alpha, lower.dtype), at_attack, lower), {
         "adversarial_loss": attacked, "certified_loss": certified, "certified_error": ~(lower > 0).all(axis=1),
     })
 
 
-def _mtl(alpha: ArrayLike, at_attack: Array, lower: Array) -> Array:
+def _mtl(alpha: Array, at_attack: Array, lower: Array) -> Array:
     attacked, certified = losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower)
     return (1.0 - alpha) * attacked + alpha * certified
 
 
-def _cc(alpha: ArrayLike, at_attack: Array, lower: Array) -> Array:
+def _cc(alpha: Array, at_attack: Array, lower: Array) -> Array:
     return losses.worst_case_cross_entropy((1.0 - alpha) * at_attack + alpha * lower)
 
 
-def _exp(alpha: ArrayLike, at_attack: Array, lower: Array) -> Array:
+def _exp(alpha: Array, at_attack: Array, lower: Array) -> Array:
     both = (losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower))
     attacked, certified = (jnp.log(jnp.maximum(loss, _LEAST)) for loss in both)
     return jnp.exp((1.0 - alpha) * attacked + alpha * certified)

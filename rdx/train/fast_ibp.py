@@ -134,7 +134,7 @@ def _fast_ibp(settings: _Settings, stage: Stage) -> Robust:
     tight = tightness((region.upper - region.lower).mean(), layers, tolerance=settings.tolerance)
     balance = relu_balance(layers, tolerance=settings.tolerance)
     metrics = {"certified_error": ~(lower > 0).all(axis=1), "tightness": tight, "relu_balance": balance}
-    penalty = settings.strength * stage.share * (tight + balance)
+    penalty = jnp.asarray(settings.strength, jnp.float32) * stage.share * (tight + balance)
     return Robust(losses.worst_case_cross_entropy(lower), metrics, penalty)
 
 

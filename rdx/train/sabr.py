@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rdx import attacks, bounds
@@ -63,9 +64,10 @@ def small_box(attack: Callable[..., AttackResult], subselection: ArrayLike, stag
     Returns:
         The region `B(x', lambda eps)`, which lies in `B(x, eps)`.
     """
-    small = dataclasses.replace(stage.ball, eps=subselection * stage.ball.eps)
-    around = dataclasses.replace(stage.ball, eps=stage.ball.eps - small.eps)
-    return small.region(stage.attacked(attack, ball=around))
+    eps = jnp.asarray(stage.ball.eps)
+    tau = subselection * eps
+    around = stage.attacked(attack, ball=dataclasses.replace(stage.ball, eps=eps - tau))
+    return dataclasses.replace(stage.ball, eps=tau).region(around)
 
 
 def check_box(ball: Ball, subselection: ArrayLike) -> None:
