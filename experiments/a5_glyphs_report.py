@@ -43,7 +43,8 @@ def write(directory: Path, config: Config) -> Path:
     read = {recipe: records.read(directory / "records", recipe) for recipe in RECIPES}
     found = {recipe: pair for recipe, pair in read.items() if pair is not None}
     summaries = {recipe: record for recipe, (record, _) in found.items()}
-    text = "\n\n".join([_heading(config), _table(config, summaries), _paired(config, found), _notes(config)])
+    parts = (_heading(config), _table(config, summaries), _paired(config, found), _notes(config))
+    text = "\n\n".join(part for part in parts if part)
     report.write_text(directory / "table.md", text)
     print(text)
     minutes = sum(record["seconds_total"] for record in summaries.values()) / 60
@@ -54,7 +55,7 @@ def write(directory: Path, config: Config) -> Path:
     for recipe in found:
         if recipe in {"p", "pc", "prc"}:
             _draw(directory, config, recipe)
-    print(f"Pictures: {directory}/*.png", flush=True)
+            print(f"Picture: {directory / recipe}.png", flush=True)
     return directory
 
 
@@ -94,7 +95,7 @@ def _paired(config: Config, found: Mapping[str, tuple[Mapping[str, Any], Evaluat
             a, b = found[here][1].certified, found[there][1].certified
             counts = [(a & ~b).sum(), (~a & b).sum(), (a & b).sum(), (~a & ~b).sum()]
             rows.append([title(config, here), title(config, there), *(str(count) for count in counts)])
-    return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}"
+    return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}" if rows else ""
 
 
 def _notes(config: Config) -> str:

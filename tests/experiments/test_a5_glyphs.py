@@ -24,6 +24,7 @@ def finished(tmp_path_factory):
     return a5_glyphs.main(a5_glyphs.Arguments(preset="smoke", out=str(directory)))
 
 
+@pytest.mark.slow
 def test_the_table_has_every_row_with_the_papers_numbers(finished):
     text = (finished / "table.md").read_text()
     rows = re.findall(r"^\| (.*?) +\| +\d.*\[.*$", text, re.MULTILINE)
@@ -37,6 +38,7 @@ def test_the_table_has_every_row_with_the_papers_numbers(finished):
             assert min(image.size) > 200
 
 
+@pytest.mark.slow
 def test_every_record_is_complete_and_keeps_the_invariant(finished):
     attacked = 0
     for recipe in RECIPES:
@@ -51,6 +53,7 @@ def test_every_record_is_complete_and_keeps_the_invariant(finished):
     assert attacked > 60
 
 
+@pytest.mark.slow
 def test_prototypes_lie_in_their_ball_and_help(finished):
     errors, eps = {}, a5_glyphs_presets.config("smoke", "test").eps_defense
     for recipe in RECIPES:
@@ -74,6 +77,7 @@ def test_validation_has_other_pictures_and_every_row_the_same_draws(tmp_path):
     np.testing.assert_allclose(a5_glyphs._pictures(run, nearly), test, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_second_call_recomputes_nothing(finished, monkeypatch):
     text = (finished / "table.md").read_bytes()
     stamps = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
@@ -88,6 +92,7 @@ def test_a_second_call_recomputes_nothing(finished, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == stamps
 
 
+@pytest.mark.slow
 def test_a_lost_record_is_made_again_from_its_checkpoints(finished, monkeypatch):
     text = (finished / "table.md").read_bytes()
     (finished / "records" / "p.json").unlink()
@@ -105,6 +110,7 @@ def test_a_lost_record_is_made_again_from_its_checkpoints(finished, monkeypatch)
     assert (finished / "table.md").read_bytes() == text
 
 
+@pytest.mark.slow
 def test_a_directory_of_other_settings_is_refused(finished):
     for changes in ({"preset": "cpu"}, {"split": "validation"}):
         with pytest.raises(ValueError, match="other settings"):
