@@ -9,6 +9,9 @@ from flax import linen as nn
 from rdx.models.normalise import normalise
 from rdx.types import Array, ArrayLike
 
+# Divisors and arguments of logarithms are at least this.
+_TINY = 1e-30
+
 
 class LinfDistanceNet(nn.Module):
     """Layers of units `||x - w||_inf`, with mean shift after all but the last; logits are minus the last distances.
@@ -132,9 +135,6 @@ def _powers(x: Array, points: Array, largest: Array, power: Array) -> Array:
     # exp and log are vectorised on CPUs, pow is not.
     share = jnp.abs(x[:, None, :] - points[None]) / jnp.maximum(largest, _TINY)[:, :, None]
     return jnp.exp(power * jnp.log(jnp.maximum(share, _TINY)))
-
-
-_TINY = 1e-30
 
 
 def _forward(x: Array, points: Array, p: Array) -> tuple[Array, tuple[Array, ...]]:

@@ -22,6 +22,9 @@ from rdx.train.phased import Robust, Stage
 from rdx.train.schedules import Ramp
 from rdx.types import Array, ArrayLike, Key, PyTree
 
+# Divisors are at least this.
+_TINY = 1e-12
+
 
 def init(key: Key, params: PyTree) -> PyTree:
     """Draws all kernels from `N(0, sqrt(2 pi) / fan_in)`, the second number the standard deviation.
@@ -114,9 +117,6 @@ def relu_balance(layers: list[Interval], *, tolerance: ArrayLike = 0.5) -> Array
             ratio = jnp.minimum(on, off) / jnp.maximum(largest, _TINY)
             terms.append(jnp.where(largest > 0, jax.nn.relu(tau - ratio) / tau, 0.0))
     return jnp.stack(terms).sum() / len(layers)
-
-
-_TINY = 1e-12
 
 
 @jax.tree_util.register_dataclass
