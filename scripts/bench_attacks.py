@@ -32,6 +32,7 @@ class Case(NamedTuple):
         nets: the nets that it runs on.
         compare: what must agree before anything is timed: "loss", "success", or "queries" for time by query.
         batch: images, if not as many as the command line says.
+        norm: of the ball.
     """
 
     tools: tuple[str, ...]
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     nets: tuple[str, ...] = ("conv", "mlp")
     compare: str = "loss"
     batch: int | None = None
+    norm: str = "linf"
 
 
 def _attack(name, **options):
@@ -59,7 +61,7 @@ CASES = {
     "Square": Case(("torchattacks",), 1e-3, _attack("square", num_steps=300), ("conv",), "queries"),
     "SPSA": Case(("torchattacks",), 1e-3, _attack("spsa", num_steps=10, num_samples=128), ("conv",), "queries", 32),
     "HopSkipJump": Case(("foolbox",), 1e-3, _attack("hopskipjump", num_queries=2000), ("conv",), "queries", 32),
-    "Boundary": Case(("foolbox",), 1e-3, _attack("boundary", num_queries=1000), ("conv",), "queries", 32),
+    "Boundary": Case(("foolbox",), 1e-3, _attack("boundary", num_queries=1000), ("conv",), "queries", 32, "l2"),
     "AutoAttack": Case(("autoattack",), 0.02, _attack("autoattack"), ("conv",), "success", 256),
 }
 
@@ -127,7 +129,7 @@ def measure(peer, name, case, net, arguments):
     logits_fn = Partial(net.logits, jax.tree.map(jnp.asarray, net.init()))
     # The net's own predictions: peers leave out who has fallen before.
     labels = np.asarray(logits_fn(jnp.asarray(x)).argmax(axis=1), np.int32)
-    ball, given = balls.Ball("linf", case.eps), (logits_fn, jnp.asarray(x), jnp.asarray(labels))
+    ball, given = balls.Ball(case.norm, case.eps), (logits_fn, jnp.asarray(x), jnp.asarray(labels))
 
     def run():
         return case.ours(*given, ball=ball)
@@ -185,8 +187,8 @@ def main():
         notes = _bench.settings(
             arguments,
             peer,
-            attacks="linf; PGD: eps 0.3, 40 steps of 0.01; APGD: eps 0.1; AutoAttack: standard, eps 0.02; by queries: "
-            "eps 0.001, where nobody falls; labels are the net's own predictions",
+            attacks="linf, Boundary l2; PGD: eps 0.3, 40 steps of 0.01; APGD: eps 0.1; AutoAttack: standard, eps 0.02; "
+            "by queries: eps 0.001, where nobody falls; labels are the net's own predictions",
             compared="mean cross entropy of the adversarial examples (PGD, APGD), share of success (AutoAttack), "
             "under our logits",
             fairness="ours also keeps the strongest input seen, counts queries and reports success; their models need "
