@@ -33,17 +33,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import a5_glyphs_report, command_line, runs
+from experiments import a5_glyphs_report, a5_training, command_line, runs
 from experiments.a5_glyphs_presets import Config, config
 from experiments.a5_presets import Schedule
-from rdx import attacks, bounds, data, models
+from experiments.batches import certified_by_intervals, in_batches
+from rdx import attacks, data, models
 from rdx.balls import Ball
-from rdx.bounds import Threat
 from rdx.evaluate import evaluate, records, shared
 from rdx.robustify import acquisition, offline, online, physical
 from rdx.train import certified, schedules, standard
 from rdx.train.loop import Phase, fit, init_state
-from rdx.types import Array, Key, LogitsFn, PyTree
+from rdx.types import Array, Key, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,7 @@ def _fill(run: Run, recipe: str) -> None:
         run.key, logits_fn, x, shown.labels, index=shown.index, ball=ball, attacks=attack_set,
         num_attacked=settings.num_attacked, cross_check=settings.cross_check, on_progress=_show,
     )
-    by_ibp = np.asarray(_in_batches(
-        functools.partial(_certified_by_intervals, logits_fn, ball), x, jnp.asarray(shown.labels)
-    ))
+    by_ibp = certified_by_intervals(logits_fn, ball, x, shown.labels)
     _save_images(run, recipe, params, x)
     summary = records.summarize(result, tuple(attack_set))
     records.write(run.directory / "records", recipe, {
@@ -142,14 +140,15 @@ def _fill(run: Run, recipe: str) -> None:
 
 
 def _train_vanilla(run: Run) -> PyTree:
-    return _with_plain_prototypes(run, _fit(
-        run, run.config.vanilla, standard.cross_entropy(run.classifier), _fresh(run), "vanilla", transform=_camera(run)
-    ))
+    loss, params = standard.cross_entropy(run.classifier), _fresh(run, run.classifier, "classifier")
+    params = _fit(run, run.config.vanilla, loss, params, "vanilla", transform=_camera(run))
+    return _with_plain_prototypes(run, params)
 
 
 def _train_base(run: Run) -> PyTree:
     schedule = run.config.base
-    params = _fit(run, schedule, _certified(run, schedule), _fresh(run), "base", transform=_camera(run))
+    params = _fresh(run, run.classifier, "classifier")
+    params = _fit(run, schedule, _certified(run, schedule), params, "base", transform=_camera(run))
     return _with_plain_prototypes(run, params)
 
 
@@ -180,9 +179,7 @@ def _train_robustified(run: Run) -> PyTree:
         physical.with_robustifier, run.classifier, run.robustifier, run.config.camera, defense=run.defense,
         defense_picture=run.defense_picture,
     )
-    picture = jnp.zeros((1, run.config.size, run.config.size, run.config.camera.num_channels))
-    robustifier = run.robustifier.model.init(shared.key_of(run.key, "robustifier"), picture)["params"]
-    params = {**_train_retrained(run), "robustifier": robustifier}
+    params = {**_train_retrained(run), "robustifier": _fresh(run, run.robustifier, "robustifier")}
     return _fit(run, schedule, _phases(run, schedule, builder), params, "prc")
 
 
@@ -193,9 +190,9 @@ _TRAINED: dict[str, Callable[[Run], PyTree]] = {
 }
 
 
-def _fresh(run: Run) -> PyTree:
+def _fresh(run: Run, network: models.Forward, name: str) -> PyTree:
     picture = jnp.zeros((1, run.config.size, run.config.size, run.config.camera.num_channels))
-    return run.classifier.model.init(shared.key_of(run.key, "classifier"), picture)["params"]
+    return network.model.init(shared.key_of(run.key, name), picture)["params"]
 
 
 def _with_plain_prototypes(run: Run, classifier: PyTree) -> PyTree:
@@ -210,27 +207,17 @@ def _certified(run: Run, schedule: Schedule) -> tuple[Phase, ...]:
 
 
 def _phases(run: Run, schedule: Schedule, builder: Callable[..., Any]) -> tuple[Phase, ...]:
-    """CROWN-IBP takes part while the radius rises, if at all; after that its share is 0 and it is left out."""
-    ramp = _ramp(run, schedule)
-    mixed, plain = (builder(threat=Threat(Ball("linf", 0.0), ramp, has_crown=has_crown)) for has_crown in (True, False))
-    return (*([Phase(max(int(ramp.end), 0), mixed)] if run.config.has_crown else ()), Phase(None, plain))
+    return a5_training.phases(_ramp(run, schedule), builder, has_crown=run.config.has_crown)
 
 
 def _ramp(run: Run, schedule: Schedule) -> schedules.Ramp:
-    if schedule.ramp == 0:
-        return schedules.linear_ramp(run.config.eps_attack, start=-1, length=1)
-    return schedules.smoothed(
-        run.config.eps_attack, start_epoch=schedule.warmup + 1, length_epochs=schedule.ramp, mid=0.3,
-        steps_per_epoch=_steps_per_epoch(run, schedule), beta=4.0,
-    )
+    return a5_training.ramp(schedule, run.config.eps_attack, len(_photographs(run, run.config.num_train)))
 
 
 def _fit(run: Run, schedule: Schedule, loss: Any, params: PyTree, name: str, transform: Any = None) -> PyTree:
-    per_epoch = _steps_per_epoch(run, schedule)
-    optimizer = _optimizer(
-        schedule.learning_rate, tuple(epoch * per_epoch for epoch in schedule.decay), run.config.prototype_speed
-    )
     pictures = _photographs(run, run.config.num_train)
+    per_epoch = a5_training.steps_per_epoch(len(pictures), schedule)
+    optimizer = _hurried(a5_training.rmsprop(schedule, len(pictures)), run.config.prototype_speed)
     sampler = data.Sampler(len(pictures), schedule.batch_size, run.config.seed)
     loader = data.Loader(pictures, sampler, data.data_mesh() if schedule.batch_size % jax.device_count() == 0 else None)
     state, history = fit(
@@ -248,14 +235,12 @@ def _fit(run: Run, schedule: Schedule, loss: Any, params: PyTree, name: str, tra
 
 
 @functools.cache
-def _optimizer(rate: float, boundaries: tuple[int, ...], prototype_speed: float) -> optax.GradientTransformation:
+def _hurried(optimizer: optax.GradientTransformation, prototype_speed: float) -> optax.GradientTransformation:
     def hurry(updates: PyTree, params: PyTree) -> PyTree:
         del params
         return {**updates, "z": prototype_speed * updates["z"]} if "z" in updates else updates
 
-    falling = optax.piecewise_constant_schedule(rate, dict.fromkeys(boundaries, 0.1))
-    # torch's RMSProp, which the paper uses, adds its epsilon outside the root.
-    return optax.chain(optax.rmsprop(falling, decay=0.99, eps_in_sqrt=False), optax.stateless(hurry))
+    return optax.chain(optimizer, optax.stateless(hurry))
 
 
 def _photographs(run: Run, num_each: int) -> data.Source:
@@ -277,7 +262,7 @@ def _pictures(run: Run, params: PyTree) -> Array:
     """Takes the pictures that are evaluated: the same draws for every row, of a key that no training uses."""
     shown = _photographs(run, run.config.num_test)
     key = shared.key_of(run.key, f"{run.config.split} pictures")
-    return _in_batches(
+    return in_batches(
         functools.partial(_take, run.robustifier, run.config.camera, run.defense, run.defense_picture, key, params),
         jnp.asarray(shown.images), jnp.asarray(shown.index),
     )
@@ -302,16 +287,6 @@ def _attacks(settings: Config) -> dict[str, functools.partial]:
     }
 
 
-@jax.jit
-def _certified_by_intervals(logits_fn: LogitsFn, ball: Ball, x: Array, labels: Array) -> Array:
-    return bounds.certify(logits_fn, x, labels, ball=ball, method=bounds.ibp).certified
-
-
-def _in_batches(fn: Callable[..., Array], *arrays: Array, batch_size: int = 1000) -> Array:
-    starts = range(0, len(arrays[0]), batch_size)
-    return jnp.concatenate([fn(*(array[start : start + batch_size] for array in arrays)) for start in starts])
-
-
 def _save_images(run: Run, recipe: str, params: PyTree, x: Array) -> None:
     """Keeps prototypes and one picture of each for Fig. 4."""
     w, num = data.to_float(run.glyphs.images), len(run.glyphs)
@@ -322,10 +297,6 @@ def _save_images(run: Run, recipe: str, params: PyTree, x: Array) -> None:
         path, original=run.glyphs.images, defended=np.asarray(w_defended, np.float16),
         picture=np.asarray(x[:num], np.float16),
     )
-
-
-def _steps_per_epoch(run: Run, schedule: Schedule) -> int:
-    return max(1, run.config.num_train * len(run.glyphs) // schedule.batch_size)
 
 
 def _show(stage: str, done: int, total: int) -> None:

@@ -1,13 +1,12 @@
 """The table and the pictures of `experiments.a5_glyphs`, made from its records."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import a5_paper
+from experiments import a5_paper, a5_report, runs
 from experiments.a5_glyphs_presets import Config
 from rdx import plotting
 from rdx.evaluate import Evaluation, records, report
@@ -36,21 +35,14 @@ def line(summary: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, config: Config) -> Path:
-    """Writes `table.md` and the pictures from the records that exist; returns the directory.
-
-    The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
-    """
+    """Writes `table.md` and the pictures from the records that exist; returns the directory."""
     read = {recipe: records.read(directory / "records", recipe) for recipe in RECIPES}
     found = {recipe: pair for recipe, pair in read.items() if pair is not None}
     summaries = {recipe: record for recipe, (record, _) in found.items()}
     parts = (_heading(config), _table(config, summaries), _paired(config, found), _notes(config))
     text = "\n\n".join(part for part in parts if part)
-    report.write_text(directory / "table.md", text)
-    print(text)
-    minutes = sum(record["seconds_total"] for record in summaries.values()) / 60
-    print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No pictures: matplotlib is not installed. They can be made from the records elsewhere.")
+    runs.publish(directory, text, summaries.values())
+    if not runs.can_draw():
         return directory
     for recipe in found:
         if recipe in {"p", "pc", "prc"}:
@@ -60,13 +52,12 @@ def write(directory: Path, config: Config) -> Path:
 
 
 def _heading(config: Config) -> str:
-    convs = "-".join(f"conv{c.channels}({c.kernel}x{c.kernel}, s{c.stride})" for c in config.classifier.convs)
     return (
         f"# A5 for physical objects, preset `{config.preset}`\n\n"
         f"62 characters in {config.font}, {config.size} x {config.size} pixels, each photographed {config.num_test} "
         f"times ({config.split} pictures; no training saw them). eps_A = eps_A^C = {config.eps_attack:g}, eps_D = "
         f"{config.eps_defense:g}, of A5/PRC's robustifier {config.eps_picture:g}. Seed {config.seed}, one run. "
-        f"Classifier: {convs}-" + "-".join(f"fc{width}" for width in (*config.classifier.dense, 62)) + "."
+        f"Classifier: {a5_report.describe(config.classifier)}."
     )
 
 

@@ -1,14 +1,13 @@
 """The cells of A5's tables, and the table and pictures that are made from their records."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import a5_certificates, a5_paper
+from experiments import a5_certificates, a5_paper, runs
 from experiments.a5_presets import Config
 from rdx import models, plotting
 from rdx.evaluate import records, report
@@ -60,22 +59,15 @@ def line(summary: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, config: Config) -> Path:
-    """Writes `table.md` and the pictures from the records that exist; returns the directory.
-
-    The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
-    """
+    """Writes `table.md` and the pictures from the records that exist; returns the directory."""
     found = {}
     for cell in cells(config):
         record = records.read(directory / "records", cell.name)
         if record is not None:
             found[cell] = record[0]
     text = "\n\n".join([_heading(config, found), *_tables(config, found), *_compared(found), _notes(config)])
-    report.write_text(directory / "table.md", text)
-    print(text)
-    minutes = sum(record["seconds_total"] for record in found.values()) / 60
-    print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No pictures: matplotlib is not installed. They can be made from the records elsewhere.")
+    runs.publish(directory, text, found.values())
+    if not runs.can_draw():
         return directory
     _draw_errors(directory, config, found)
     for cell in found:
@@ -96,11 +88,12 @@ def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
         f"the certified error on the whole test set, by CROWN-IBP and IBP together (in parentheses: by IBP "
         f"alone){few}. \"8 bits\" is the same by both after the defended images were rounded to 8 bits, inside the "
         f"defender's ball; PSNR and SSIM of the defended images are medians.\n"
-        f"{sizes}Classifier: {_describe(config.classifier)}. Robustifier: {_describe(config.robustifier)}."
+        f"{sizes}Classifier: {describe(config.classifier)}. Robustifier: {describe(config.robustifier)}."
     )
 
 
-def _describe(module: Any) -> str:
+def describe(module: Any) -> str:
+    """Describes a network by its layers."""
     convs = "-".join(f"conv{c.channels}({c.kernel}x{c.kernel}, s{c.stride})" for c in module.convs)
     if isinstance(module, models.Robustifier):
         return convs

@@ -24,18 +24,16 @@ defended images after rounding to 8 bits.
 """
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import a5_certificates, a5_report, a5_training, command_line, runs
+from experiments import a5_certificates, a5_report, a5_training, batches, command_line, runs
 from experiments.a5_presets import Config, config
 from experiments.a5_training import Run
-from rdx import analyse, attacks, bounds, data, metrics, models
+from rdx import analyse, attacks, data, metrics, models
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
 from rdx.evaluate.shared import Attack
@@ -138,35 +136,32 @@ def _measure(
     """Measures what the table says beside errors under attack, and keeps it by example beside the record."""
     test, ball = run.evaluated(cell), Ball("linf", cell.eps_attack)
     x, num = data.to_float(test.images), min(run.config.num_compared, len(test))
-    certify = functools.partial(_certified_by_intervals, logits_fn, ball)
-    interval = a5_training.in_batches(certify, x_defended, jnp.asarray(test.labels))
-    compared = a5_certificates.compare(logits_fn, x_defended[:num], test.labels[:num], ball=ball)
-    rounded = a5_certificates.in_8_bits(
+    interval = batches.certified_by_intervals(logits_fn, ball, x_defended, test.labels)
+    compared = a5_certificates.compare(
+        logits_fn, x_defended[:num], test.labels[:num], ball=ball, by_crown_ibp=result.certified[:num]
+    )
+    # What nobody defended has 8 bits already.
+    in_8_bits = result.certified if cell.recipe == "base" else a5_certificates.in_8_bits(
         logits_fn, x_defended, x, test.labels, defense=Ball("linf", cell.eps_defense), ball=ball
     )
-    psnr, ssim = (np.asarray(a5_training.in_batches(jax.jit(f), x, x_defended)) for f in (analyse.psnr, analyse.ssim))
+    psnr, ssim = (np.asarray(batches.in_batches(jax.jit(f), x, x_defended)) for f in (analyse.psnr, analyse.ssim))
     rows = np.concatenate([np.flatnonzero(result.certified)[:8], np.flatnonzero(~result.certified)[:4]])
     path = run.directory / "records" / f"{cell.name}-images.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         path, original=test.images[rows], defended=np.asarray(x_defended[rows], np.float16), row=rows,
-        certified=result.certified[rows], label=test.labels[rows], certified_in_8_bits=rounded.certified, psnr=psnr,
+        certified=result.certified[rows], label=test.labels[rows], certified_in_8_bits=in_8_bits, psnr=psnr,
         ssim=ssim, compared=np.stack(list(compared.values())), methods=list(compared),
     )
     return {
         "certified_all_by_ibp": 1.0 - float(interval.mean()), "compared": a5_certificates.errors(compared),
-        "in_8_bits": metrics.rate(~rounded.certified),
+        "in_8_bits": metrics.rate(~in_8_bits),
         "median_psnr": float(np.median(psnr)), "median_ssim": float(np.median(ssim)),
     }
 
 
 def _attacks(settings: Config) -> dict[str, Attack]:
     return attacks.suite("linf", num_steps=settings.attack_steps, num_queries=settings.attack_queries)
-
-
-@jax.jit
-def _certified_by_intervals(logits_fn: LogitsFn, ball: Ball, x: Array, labels: Array) -> Array:
-    return bounds.certify(logits_fn, x, labels, ball=ball, method=bounds.ibp).certified
 
 
 def _show(stage: str, done: int, total: int) -> None:

@@ -18,6 +18,7 @@ import optax
 
 from experiments.a5_presets import Config, Schedule
 from experiments.a5_report import Cell
+from experiments.batches import in_batches
 from rdx import data, models, robustify
 from rdx.balls import Ball
 from rdx.bounds import Threat
@@ -108,7 +109,7 @@ def train(run: Run, job: Job) -> PyTree:
     """Trains, or goes on, or takes the finished parameters from the checkpoint."""
     batch_size = min(job.schedule.batch_size, len(job.source))
     mesh = data.data_mesh() if batch_size % jax.device_count() == 0 else None
-    optimizer = _optimizer(job)
+    optimizer = rmsprop(job.schedule, len(job.source))
     state, history = fit(
         job.loss, init_state(job.params, {}, optimizer), optimizer, _batches(run, job, mesh), key=_key(run, job.stream),
         directory=run.path(job.name), **job.options,
@@ -146,7 +147,7 @@ def _train_group(run: Run, jobs: list[Job]) -> None:
     if all((run.path(job.name) / str(job.num_steps)).exists() for job in jobs):
         return
     name = f"together-{hashlib.sha256(' '.join(job.name for job in jobs).encode()).hexdigest()[:12]}"
-    first, optimizer = jobs[0], _optimizer(jobs[0])
+    first, optimizer = jobs[0], rmsprop(jobs[0].schedule, len(jobs[0].source))
     print(f"{len(jobs)} at once: {', '.join(job.name for job in jobs)}", flush=True)
     states, histories = fit_together(
         [job.loss for job in jobs], [init_state(job.params, {}, optimizer) for job in jobs], optimizer,
@@ -164,17 +165,16 @@ def classifier_job(run: Run, eps: float) -> Job:
     """Describes the training of a classifier for the radius `eps`."""
     schedule = run.config.base
     params = run.classifier.model.init(_key(run, 0), data.to_float(run.train.images[:1]))["params"]
-    ramp = _ramp(schedule, eps, len(run.train))
     loss = standard.cross_entropy(run.classifier)
     if eps > 0:
-        loss = certified.phases(run.classifier, Ball("linf", 0.0), eps=ramp)
+        loss = certified.phases(run.classifier, Ball("linf", 0.0), eps=ramp(schedule, eps, len(run.train)))
     return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1)
 
 
 def offline_job(run: Run, cell: Cell) -> Job:
     """Describes A5/O on the cell's test images."""
     schedule, source = run.config.offline, run.evaluated(cell)
-    threat = Threat(Ball("linf", 0.0), _ramp(schedule, cell.eps_robustify, len(source)), has_crown=False)
+    threat = Threat(Ball("linf", 0.0), ramp(schedule, cell.eps_robustify, len(source)), has_crown=False)
     loss = robustify.offline.offline(_legacy(run, cell), defense=Ball("linf", cell.eps_defense), threat=threat)
     return Job(cell.training, schedule, loss, robustify.offline.init(len(source), source.images.shape[1:]), source, 2)
 
@@ -204,25 +204,8 @@ def steps_per_epoch(num_examples: int, schedule: Schedule) -> int:
     return max(1, num_examples // schedule.batch_size)
 
 
-def in_batches(fn: Callable[..., Array], *arrays: Array, batch_size: int = 1000) -> Array:
-    """Applies `fn` to a thousand examples at a time."""
-    starts = range(0, len(arrays[0]), batch_size)
-    return jnp.concatenate([fn(*(array[start : start + batch_size] for array in arrays)) for start in starts])
-
-
-def _legacy(run: Run, cell: Cell) -> LogitsFn:
-    return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier)), {})
-
-
-def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, Phase]:
-    """CROWN-IBP takes part, if at all, while the radius rises; after that its share is 0 and it is left out."""
-    ramp = _ramp(schedule, eps, len(run.train))
-    kinds = run.config.has_crown, False
-    rising, plain = (builder(threat=Threat(Ball("linf", 0.0), ramp, has_crown=has_crown)) for has_crown in kinds)
-    return Phase(max(int(ramp.end), 0), rising), Phase(None, plain)
-
-
-def _ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
+def ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
+    """Builds the radius at each step, which rises to `eps`."""
     if schedule.ramp == 0:
         return schedules.linear_ramp(eps, start=-1, length=1)
     return schedules.smoothed(
@@ -231,15 +214,38 @@ def _ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
     )
 
 
+def phases(eps: schedules.Ramp, builder: Callable[..., Any], *, has_crown: bool) -> tuple[Phase, ...]:
+    """Builds the phases of a robustifying loss.
+
+    CROWN-IBP takes part, if at all, while the radius rises; after that its share is 0 and it is left out.
+
+    Args:
+        eps: the radius at each step.
+        builder: `(threat=...) -> loss`.
+        has_crown: whether CROWN-IBP takes part.
+    """
+    mixed, plain = (builder(threat=Threat(Ball("linf", 0.0), eps, has_crown=crown)) for crown in (True, False))
+    return (*([Phase(max(int(eps.end), 0), mixed)] if has_crown else ()), Phase(None, plain))
+
+
+def rmsprop(schedule: Schedule, num_examples: int) -> optax.GradientTransformation:
+    """Builds the paper's optimizer; equal schedules share one object, and so what is compiled with it."""
+    per_epoch = steps_per_epoch(num_examples, schedule)
+    return _rmsprop(schedule.learning_rate, tuple(epoch * per_epoch for epoch in schedule.decay))
+
+
+def _legacy(run: Run, cell: Cell) -> LogitsFn:
+    return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier)), {})
+
+
+def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, ...]:
+    return phases(ramp(schedule, eps, len(run.train)), builder, has_crown=run.config.has_crown)
+
+
 def _batches(run: Run, job: Job, mesh: jax.sharding.Mesh | None) -> Callable[[int], PyTree]:
     sampler = data.Sampler(len(job.source), min(job.schedule.batch_size, len(job.source)), run.config.seed)
     loader = data.Loader(job.source, sampler, mesh)
     return lambda step: {**loader(step), "row": jnp.asarray(sampler.indices(step))}
-
-
-def _optimizer(job: Job) -> optax.GradientTransformation:
-    per_epoch = steps_per_epoch(len(job.source), job.schedule)
-    return _rmsprop(job.schedule.learning_rate, tuple(epoch * per_epoch for epoch in job.schedule.decay))
 
 
 @functools.cache

@@ -32,18 +32,17 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments import certified_training_methods as methods
 from experiments import certified_training_report as table
 from experiments import command_line, runs, tramer_runs
+from experiments.batches import certified_by_intervals
 from experiments.certified_training_presets import Config, Method, config
 from rdx import attacks, bounds, data
 from rdx.balls import Ball
 from rdx.evaluate import evaluate, records, shared
 from rdx.train import fit
-from rdx.types import Array, Key, LogitsFn
+from rdx.types import Key, LogitsFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +110,14 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     logits_fn, history = _train(run, method, weight, name)
     seconds_training = time.monotonic() - begun
     source, ball = run.parts.held_out if is_tuning else run.parts.test, Ball("linf", run.config.eps)
-    x, labels = data.to_float(source.images), jnp.asarray(source.labels)
+    x = data.to_float(source.images)
     verifier = bounds.ibp if method.kind == "linf_distance" else bounds.crown
     attack_set = {} if is_tuning else _attacks(run.config)
     result = evaluate(
         run.key, logits_fn, x, source.labels, index=source.index, ball=ball, attacks=attack_set, method=verifier,
         num_attacked=run.config.num_attacked, cross_check=run.config.cross_check, is_diagnosed=not is_tuning,
     )
-    intervals = np.concatenate([
-        np.asarray(_by_intervals(logits_fn, ball, x[i : i + 500], labels[i : i + 500])) for i in range(0, len(x), 500)
-    ])
+    intervals = certified_by_intervals(logits_fn, ball, x, source.labels, batch_size=500)
     summary = records.summarize(result, tuple(attack_set))
     records.write(run.directory / "records", name, {
         "experiment": "certified_training", "method": method, "weight": weight, "config": run.config,
@@ -160,11 +157,6 @@ def _attacks(settings: Config) -> dict[str, functools.partial]:
         "pgd": functools.partial(attacks.pgd, num_steps=settings.num_steps, num_restarts=2),
         "apgd": functools.partial(attacks.apgd, num_steps=settings.num_steps),
     }
-
-
-@jax.jit
-def _by_intervals(logits_fn: LogitsFn, ball: Ball, x: Array, labels: Array) -> Array:
-    return bounds.certify(logits_fn, x, labels, ball=ball, method=bounds.ibp).certified
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import runs
 from experiments.certified_training_presets import Config, Method
 from rdx.evaluate import ContradictionError, Evaluation, records, report
 
@@ -41,17 +42,11 @@ def line(summary: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, config: Config) -> Path:
-    """Writes `table.md` from the records that exist; returns the directory.
-
-    The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
-    """
+    """Writes `table.md` from the records that exist; returns the directory."""
     read = {method: records.read(directory / "records", slug(method)) for method in config.methods}
     found = {method: pair for method, pair in read.items() if pair is not None}
     text = "\n\n".join([_heading(config, found), _main(found), _paired(found), _references(found), _notes(config)])
-    report.write_text(directory / "table.md", text)
-    print(text)
-    minutes = sum(record["seconds_total"] for record, _ in found.values()) / 60
-    print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
+    runs.publish(directory, text, (record for record, _ in found.values()))
     return directory
 
 

@@ -1,7 +1,9 @@
-"""What every experiment does with its output directory."""
+"""What experiments do with their output directories."""
 
 import dataclasses
+import importlib.util
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +28,22 @@ def claim(directory: Path, settings: Any, test: data.Source) -> None:
     if path.exists() and path.read_text().rstrip() != text:
         raise ValueError(f"{directory} holds a run with other settings: give another --out, or delete it.")
     report.write_text(path, text)
+
+
+def publish(directory: Path, text: str, found: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `table.md`, prints it, and tells the time that its records took.
+
+    The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
+    """
+    report.write_text(directory / "table.md", text)
+    print(text)
+    minutes = sum(record["seconds_total"] for record in found) / 60
+    print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
+
+
+def can_draw() -> bool:
+    """Tells whether there is matplotlib, and says so where there is none."""
+    is_there = importlib.util.find_spec("matplotlib") is not None
+    if not is_there:
+        print("No pictures: matplotlib is not installed. They can be made from the records elsewhere.")
+    return is_there

@@ -1,4 +1,4 @@
-"""What the experiments on detectors share: data with a held-out part, a claimed directory, nets trained once."""
+"""What experiments on detectors and on certified training share: data with a held-out part, nets trained once."""
 
 import dataclasses
 import functools

@@ -122,8 +122,7 @@ def lp_distance(x: Array, points: Array, p: Array) -> Array:
     Returns:
         Shape `[B, O]`.
     """
-    largest, total = _parts(x, points, p)
-    return largest * total ** (1.0 / p)
+    return _forward(x, points, p)[0]
 
 
 def _parts(x: Array, points: Array, p: Array) -> tuple[Array, Array]:

@@ -10,13 +10,12 @@ leads from the attacked loss (0, a lower bound of the worst case) to the certifi
 where `E(m) = log(1 + sum_{j != y} exp(-m_j))`, so that `CE(x') = E(m(x'))`.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rdx import attacks, bounds, losses, margins
+from rdx import bounds, losses, margins
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.models import Forward
@@ -25,14 +24,13 @@ from rdx.train.phased import Robust, Stage
 from rdx.train.schedules import Ramp
 from rdx.types import Array, ArrayLike, AttackResult
 
-PGD = functools.partial(attacks.pgd, num_steps=8)
 # Logarithms are taken of losses of at least this much.
 _LEAST = 1e-12
 
 
 def mtl_ibp(
-    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5, attack: Callable[..., AttackResult] = PGD,
-    kappa_end: ArrayLike = 0.0,
+    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
 ) -> Partial:
     """Builds the loss of MTL-IBP, `(1 - alpha) CE(x') + alpha E(l)`.
 
@@ -58,16 +56,16 @@ def mtl_ibp(
 
 
 def cc_ibp(
-    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5, attack: Callable[..., AttackResult] = PGD,
-    kappa_end: ArrayLike = 0.0,
+    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
 ) -> Partial:
     """Builds the loss of CC-IBP, `E((1 - alpha) m(x') + alpha l)`, with the arguments and metrics of `mtl_ibp`."""
     return _build(_cc, forward, ball, eps, alpha, attack, kappa_end)
 
 
 def exp_ibp(
-    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5, attack: Callable[..., AttackResult] = PGD,
-    kappa_end: ArrayLike = 0.0,
+    forward: Forward, ball: Ball, *, eps: Ramp, alpha: ArrayLike = 0.5,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
 ) -> Partial:
     """Builds the loss of Exp-IBP, `CE(x')^(1 - alpha) E(l)^alpha`, with the arguments and metrics of `mtl_ibp`."""
     return _build(_exp, forward, ball, eps, alpha, attack, kappa_end)
@@ -86,14 +84,19 @@ def _expressive(combine: Partial, attack: Partial, alpha: ArrayLike, stage: Stag
     margins_fn = margins.of(stage.logits_fn)
     at_attack = margins_fn(stage.attacked(attack), stage.labels)
     lower = bounds.ibp(margins_fn, stage.ball.region(stage.x), stage.labels).lower
-    attacked, certified = losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower)
+    attacked, certified = _ends(at_attack, lower)
     return Robust(combine(jnp.asarray(alpha, lower.dtype), at_attack, lower), {
         "adversarial_loss": attacked, "certified_loss": certified, "certified_error": ~(lower > 0).all(axis=1),
     })
 
 
+def _ends(at_attack: Array, lower: Array) -> tuple[Array, Array]:
+    """Computes the attacked and the certified loss."""
+    return losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower)
+
+
 def _mtl(alpha: Array, at_attack: Array, lower: Array) -> Array:
-    attacked, certified = losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower)
+    attacked, certified = _ends(at_attack, lower)
     return (1.0 - alpha) * attacked + alpha * certified
 
 
@@ -102,6 +105,5 @@ def _cc(alpha: Array, at_attack: Array, lower: Array) -> Array:
 
 
 def _exp(alpha: Array, at_attack: Array, lower: Array) -> Array:
-    both = (losses.worst_case_cross_entropy(at_attack), losses.worst_case_cross_entropy(lower))
-    attacked, certified = (jnp.log(jnp.maximum(loss, _LEAST)) for loss in both)
+    attacked, certified = (jnp.log(jnp.maximum(loss, _LEAST)) for loss in _ends(at_attack, lower))
     return jnp.exp((1.0 - alpha) * attacked + alpha * certified)

@@ -9,6 +9,7 @@ with `kappa` from `bounds.Threat`. Bounds and attacks meet the network normalise
 in which its examples are independent, and gradients flow through those statistics.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from rdx import losses
+from rdx import attacks, losses
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.compilation import as_partial
@@ -26,6 +27,9 @@ from rdx.train import standard
 from rdx.train.loop import Phase
 from rdx.train.schedules import Ramp
 from rdx.types import Array, ArrayLike, AttackResult, Key, PyTree
+
+# As in the recipes of SABR and the expressive losses; the default step is 2.5 times the radius over the steps.
+PGD = functools.partial(attacks.pgd, num_steps=8)
 
 
 class Stage(NamedTuple):

@@ -5,13 +5,12 @@ around a point that an attack found, inside of the whole box: less than a proof,
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rdx import attacks, bounds
+from rdx import bounds
 from rdx.balls import Ball, Region
 from rdx.compilation import as_partial
 from rdx.models import Forward
@@ -20,13 +19,10 @@ from rdx.train.phased import Robust, Stage
 from rdx.train.schedules import Ramp
 from rdx.types import ArrayLike, AttackResult
 
-# As in the authors' recipes; the default step is 2.5 times the radius over the number of steps.
-PGD = functools.partial(attacks.pgd, num_steps=8)
-
 
 def sabr(
     forward: Forward, ball: Ball, *, eps: Ramp, subselection: ArrayLike = 0.4,
-    attack: Callable[..., AttackResult] = PGD, kappa_end: ArrayLike = 0.0,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
 ) -> Partial:
     """Builds the loss `E` of interval bounds over `B(x', lambda eps)`, with `x'` attacked in `B(x, (1 - lambda) eps)`.
 

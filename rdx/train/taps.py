@@ -66,7 +66,7 @@ def taps(
 def staps(
     forward: Forward, ball: Ball, *, eps: Ramp, cut: int, latent_attack: Callable[..., AttackResult] = LATENT_PGD,
     connector: ArrayLike = 0.5, gradient_scale: ArrayLike = 5.0, subselection: ArrayLike = 0.4,
-    attack: Callable[..., AttackResult] = sabr.PGD, kappa_end: ArrayLike = 0.0,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
 ) -> Partial:
     """Builds the loss of `taps` over the small box of `sabr`; the arguments are those of both."""
     sabr.check_box(ball, subselection)

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from rdx import attacks, bounds, losses, margins, models, train
+from rdx import attacks, bounds, losses, models, train
 from rdx.balls import Ball
 from rdx.bounds import Interval
-from rdx.train import averaging, certified, convex_outer, expressive, fast_ibp, phased, sabr, schedules, standard, taps
+from rdx.train import certified, convex_outer, expressive, fast_ibp, phased, sabr, schedules, standard, taps
 
 BALL = Ball("linf", 0.0)
 RAMP = schedules.linear_ramp(0.1, 10, 20)
@@ -178,51 +178,6 @@ def test_small_boxes_lie_in_the_large_one():
     assert float(jnp.abs(small.center - batch["x"]).max()) > 0.05
 
 
-def test_fused_bounds_hold_at_attacked_points_and_end_as_intervals():
-    forward, params, _, batch = _net()
-    x, labels, ball = batch["x"], batch["labels"], Ball("linf", 0.1)
-    logits_fn, region = forward.logits_fn(params, {}), ball.region(x)
-    fused = jax.jit(functools.partial(bounds.fused_cross_entropy, logits_fn, region, labels))
-    linear, both, interval = (np.asarray(fused(crown_share=share).loss) for share in (1.0, 0.5, 0.0))
-    np.testing.assert_allclose(interval, bounds.worst_case(logits_fn, region, labels).loss, rtol=1e-5)
-    attacked = attacks.pgd(jax.random.key(0), logits_fn, x, labels, ball=ball, num_steps=30).x_adv
-    points = [attacked, *(ball.sample(jax.random.split(jax.random.key(i), 6), x) for i in range(20))]
-    worst = np.max([losses.cross_entropy(logits_fn(point), labels) for point in points], axis=0)
-    for bound in (linear, both, interval):
-        assert (bound >= worst - 1e-6).all()
-    # Where every margin is bounded at least as tightly by substitution, so is the loss; see the docstring.
-    fn = margins.of(logits_fn)
-    rows = bounds.crown_ibp(fn, region, labels, relu_lower=bounds.relaxations.same_slope, intersect=False).lower
-    is_tighter = np.asarray((rows >= bounds.ibp(fn, region, labels).lower).all(axis=1))
-    assert is_tighter.any()
-    assert (linear <= interval + 1e-5)[is_tighter].all()
-    assert (linear < 0.98 * interval).any()
-
-
-def test_fused_bounds_of_a_linear_net_are_those_of_chords():
-    kernel = jnp.array([[1.0, -2.0, -4.0], [0.0, 1.0, -1.0]])
-    x, labels = jnp.array([[0.4, 0.6]]), jnp.array([1], jnp.int32)
-    found = bounds.fused_cross_entropy(lambda x: x @ kernel, Ball("linf", 0.2).region(x), labels).loss
-    differences = np.asarray(kernel)[:, [0, 2]] - np.asarray(kernel)[:, 1:2]
-    middle, radius = np.asarray(x[0]) @ differences, 0.2 * np.abs(differences).sum(axis=0)
-    lower, upper = middle - radius, middle + radius
-    slope = (np.exp(upper) - np.exp(lower)) / (upper - lower)
-    row = differences @ slope
-    total = np.asarray(x[0]) @ row + 0.2 * np.abs(row).sum() + (np.exp(upper) - slope * upper).sum()
-    np.testing.assert_allclose(found, [np.log1p(total)], rtol=1e-5)
-    assert found[0] < np.log1p(np.exp(upper).sum())
-
-
-def test_fused_bounds_survive_huge_logits():
-    x, labels = jnp.array([[0.4, 0.6]]), jnp.array([0], jnp.int32)
-    fused = lambda scale: bounds.fused_cross_entropy(
-        lambda x: scale * jnp.stack([x[:, 0], x[:, 1]], axis=1), Ball("linf", 0.1).region(x), labels
-    ).loss[0]
-    value, slope = jax.value_and_grad(fused)(1000.0)
-    np.testing.assert_allclose(value, 400.0, rtol=1e-5)  # z_1 - z_0 is at most 0.4 scale
-    np.testing.assert_allclose(slope, 0.4, rtol=1e-3)
-
-
 def test_fused_training_ends_as_ibp_does():
     forward, params, state, batch = _net()
     found, wanted = (_value(build(forward, BALL, eps=RAMP), params, state, batch, END)
@@ -361,42 +316,6 @@ def test_the_parts_of_a_net_compose_to_it(net, cut):
     first, second = (forward.logits_fn(params, state, **part) for part in ({"stop": cut}, {"start": cut}))
     np.testing.assert_allclose(second(first(batch["x"])), forward.logits_fn(params, state)(batch["x"]), atol=1e-6)
     assert (first(batch["x"]) >= 0).all()
-
-
-def test_averages_of_weights():
-    optimizer = optax.sgd(0.1)
-    params = {"w": jnp.array([1.0, -2.0])}
-    gradient = {"w": jnp.array([1.0, 2.0])}
-    for options, wanted in (
-        ({"start": 1}, lambda seen: np.mean(seen[1:], axis=0)),
-        ({"decay": 0.5, "start": 2}, lambda seen: 0.5 * seen[2] + 0.5 * seen[3]),
-        ({"start": 9}, lambda seen: seen[3]),
-    ):
-        kept = averaging.averaged(optimizer, **options)
-        state, now, seen = kept.init(params), params, []
-        for _ in range(4):
-            updates, state = kept.update(gradient, state, now)
-            now = optax.apply_updates(now, updates)
-            seen.append(np.asarray(now["w"]))
-        np.testing.assert_allclose(averaging.average((state, None))["w"], wanted(seen), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"wrap it in averaging\.averaged"):
-        averaging.average(optimizer.init(params))
-    with pytest.raises(ValueError, match="decay=1"):
-        averaging.averaged(optimizer, decay=1.0)
-
-
-def test_averages_ride_along_in_training_and_get_statistics_of_their_own():
-    forward, params, state, batch = _net("batch norm")
-    optimizer = averaging.averaged(optax.adam(0.01), start=3)
-    after, _ = train.fit(standard.cross_entropy(forward), train.init_state(params, state, optimizer), optimizer,
-                         lambda step: batch, key=jax.random.key(0), num_steps=5, progress=False)
-    mean = averaging.average(after.opt_state)
-    found = averaging.statistics(forward, mean, after.model_state, [batch["x"][:3], batch["x"][3:]])
-    parts = [forward.statistics(mean, after.model_state, x) for x in (batch["x"][:3], batch["x"][3:])]
-    wanted = jax.tree.map(lambda a, b: 0.5 * (a + b), *parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
-    with pytest.raises(ValueError, match="at least one batch"):
-        averaging.statistics(forward, mean, after.model_state, [])
 
 
 def test_schedules_are_those_of_optax():
