@@ -15,6 +15,10 @@ A run that is interrupted continues with the same command and ends with the same
 Transfer attacks are made on a substitute, a third net that was trained adversarially from another seed, as the paper's
 robust substitutes were. Black-box attacks have the budget that the table states. The `paper` preset has its own nets (a
 ResNet-56, and a wide one trained by PGD), not the weights that the paper downloaded, and has not been run yet.
+
+`cpu`, 66 minutes: AutoAttack leaves the undefended net 0.0 % at linf 0.2, 16.8 at l2 1.5 and 20.7 at l1 8, the robust
+one 89.1, 82.8 and 30.9; no single attack does better, and the worst case over all is 0.8 points lower in l2. With 1,000
+queries Square comes within 3 points of it in linf; ZOO and the decision-based attacks have hardly begun by then.
 """
 
 import dataclasses
