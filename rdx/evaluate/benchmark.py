@@ -6,9 +6,9 @@ an attack or in the bookkeeping, and no table is made of it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from rdx.evaluate import shared
 from rdx.evaluate.diagnostics import diagnose
 from rdx.evaluate.shared import Attack
 from rdx.types import Array, ArrayLike, Key, LogitsFn, RandomLogitsFn
+
+# A method of `rdx.bounds`, `(fn, region, *args) -> Interval`.
+Method: TypeAlias = Callable[..., bounds.Interval]
 
 
 class ContradictionError(AssertionError):
@@ -36,7 +39,7 @@ class Evaluation:
         label: true class.
         prediction: class predicted for the (defended) input; -1 where a logit is NaN, which is always wrong.
         certified: certified at the attacker's radius, by `bounds.certify` and by `bounds.certify_in_float64`.
-        margin_lower: the least certified margin.
+        margin_lower: the least certified margin, by the best of the methods that were tried on the example.
         attacked: whether any attack was run on the example.
         broken: wrong clean, or made wrong by some attack; meaningful where `counted`.
         adversarial_prediction: class predicted for the strongest input found, -1 where a logit is NaN; the clean one
@@ -67,7 +70,7 @@ class Evaluation:
 
 def evaluate(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
-    method: Callable[..., bounds.Interval] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
+    method: Method | Sequence[Method] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
     checkpoint: str | Path | None = None, is_diagnosed: bool = True, random_fn: RandomLogitsFn | None = None,
 ) -> Evaluation:
@@ -84,7 +87,8 @@ def evaluate(
         labels: shape `[N]`, int.
         ball: the attacker's ball; one `eps` for all examples.
         attacks: by name, each `(key, logits_fn, x, labels, *, ball, index) -> AttackResult`, weakest first.
-        method: how to certify.
+        method: how to certify; or several methods, the cheapest first, of which each is tried on the correct examples
+            that those before left open, such as `(bounds.ibp, bounds.crown_ibp, bounds.crown)`.
         num_attacked: size of the counted subset; all by default.
         cross_check: how many certified examples of the subset are attacked as well.
         batch_size: examples per compiled call; the last batch is filled up, never dropped.
@@ -108,14 +112,13 @@ def evaluate(
     label, logits_fn = np.asarray(labels), compilation.as_partial(logits_fn)
     shared.check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    settings = (tuple(attacks), num_attacked, cross_check, batch_size, method.__module__, method.__qualname__)
+    methods = (method,) if callable(method) else tuple(method)
+    names = tuple(name for each in methods for name in (each.__module__, each.__qualname__))
+    settings = (tuple(attacks), num_attacked, cross_check, batch_size, *names)
     store = _Store(checkpoint, resumption.digest(settings, (key, logits_fn, x, label, index, ball)))
     if (saved := store.load()) is None:
-        certificates = _certify(logits_fn, x, label, ball, method, batch_size, report)
+        certificates = _certify(logits_fn, x, label, ball, methods, batch_size, report)
         saved = _Progress(*certificates, _nothing_found(len(label)), np.array([0, 0]))
-        saved = saved._replace(
-            certified=_confirm(logits_fn, x, label, ball, method, saved.certified, batch_size, report)
-        )
     prediction, certified, margin_lower = saved[:3]
     counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
     is_correct = prediction == label
@@ -163,42 +166,47 @@ def check(result: Evaluation) -> None:
 
 
 def _certify(
-    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, batch_size: int, report: Callable
+    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, methods: Sequence[Method], batch_size: int,
+    report: Callable,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    parts = []
-    for start in range(0, len(labels), batch_size):
-        rows = shared.fill(np.arange(start, min(start + batch_size, len(labels))), batch_size)
-        predicted, certificate = _predict_and_certify(logits_fn, x[rows], labels[rows], ball, method)
-        values = (predicted, certificate.certified, certificate.margins_lower.min(axis=1))
-        parts.append([np.asarray(value)[: len(labels) - start] for value in values])
-        report("certify", min(start + batch_size, len(labels)), len(labels))
-    prediction, certified, margin_lower = (np.concatenate(part) for part in zip(*parts, strict=True))
+    """Predicts and certifies: every method has its turn with the correct examples that are not certified yet."""
+    rows = np.arange(len(labels))
+    predicted = [
+        np.asarray(shared.predict_compiled(logits_fn, x[filled]))[: len(taken)]
+        for taken, filled in shared.walk(rows, batch_size)
+    ]
+    prediction = np.concatenate(predicted)
+    certified, margin_lower = np.zeros(len(labels), bool), np.full(len(labels), np.nan, np.float32)
+    for method in methods:
+        done = 0
+        for taken, filled in shared.walk(rows, batch_size):
+            found = _compiled_certify(logits_fn, x[filled], labels[filled], ball=ball, method=method)
+            certified[taken] = np.asarray(found.certified)[: len(taken)]
+            margins_lower = np.asarray(found.margins_lower)[: len(taken)].min(axis=1)
+            margin_lower[taken] = np.fmax(margin_lower[taken], margins_lower)
+            done += len(taken)
+            report("certify", done, len(rows))
+        proposed = rows[certified[rows]]
+        certified[proposed] = _confirm(logits_fn, x, labels, ball, method, proposed, batch_size, report)
+        rows = np.flatnonzero(~certified & (prediction == labels))
     return prediction, certified, margin_lower
 
 
 def _confirm(
-    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Callable, certified: np.ndarray,
-    batch_size: int, report: Callable,
+    logits_fn: LogitsFn, x: Array, labels: np.ndarray, ball: Ball, method: Method, rows: np.ndarray, batch_size: int,
+    report: Callable,
 ) -> np.ndarray:
-    """Keeps the certificates that float64 confirms: no verdict rests on the rounding of float32."""
-    rows, kept = np.flatnonzero(certified), np.zeros(len(certified), bool)
-    done = 0
+    """Tells which certificates of some rows float64 confirms: no verdict rests on the rounding of float32."""
+    kept = [np.zeros(0, bool)]
     for taken, filled in shared.walk(rows, batch_size):
         given = jnp.asarray(labels[filled])
         proof = bounds.certify_in_float64(logits_fn, x[filled], given, ball=ball, method=method)
-        kept[taken] = np.asarray(proof.certified)[: len(taken)]
-        done += len(taken)
-        report("confirm", done, len(rows))
-    return kept
+        kept.append(np.asarray(proof.certified)[: len(taken)])
+        report("confirm", sum(map(len, kept)), len(rows))
+    return np.concatenate(kept)
 
 
-def _predict_and_certify_eagerly(
-    logits_fn: LogitsFn, x: Array, labels: Array, ball: Ball, method: Callable
-) -> tuple[Array, bounds.Certificate]:
-    return shared.predict(logits_fn, x), bounds.certify(logits_fn, x, labels, ball=ball, method=method)
-
-
-_predict_and_certify = jax.jit(_predict_and_certify_eagerly, static_argnames="method")
+_compiled_certify = jax.jit(bounds.certify, static_argnames="method")
 
 
 def _attack(

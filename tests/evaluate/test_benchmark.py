@@ -95,6 +95,19 @@ def test_on_a_linear_model_attacks_and_certificates_meet_the_closed_form(num_cla
     np.testing.assert_array_equal(clean, np.arange(N) % 9 == 0)
 
 
+def test_methods_take_turns_with_what_is_open():
+    stages = []
+    alone = {method: _run(attack_set={}, method=method) for method in (bounds.ibp, bounds.crown)}
+    weak, strong = alone.values()
+    found = _run(attack_set={}, method=(bounds.ibp, bounds.crown), on_progress=lambda *row: stages.append(row))
+    assert 0 < weak.certified.sum() < strong.certified.sum() < N
+    np.testing.assert_array_equal(found.certified, strong.certified)
+    is_open = ~weak.certified & (weak.prediction == weak.label)
+    assert ("certify", is_open.sum(), is_open.sum()) in stages
+    wanted = np.where(is_open, strong.margin_lower, weak.margin_lower)
+    np.testing.assert_allclose(found.margin_lower, wanted, rtol=1e-4, atol=1e-5)
+
+
 class Spy:
     """Leaves inputs as they are and notes what it is given."""
 
