@@ -129,6 +129,8 @@ NNX = {
         "GRUCell", "LSTMCell", "OptimizedLSTMCell", "SimpleCell",
     )},
 }
+if hasattr(nnx, "RoPE"):  # flax 0.12.12
+    NNX["RoPE"] = linear_nnx(lambda rngs: nnx.RoPE(), ROWS)
 
 
 def attention_of_jax(x, **options):
