@@ -34,8 +34,11 @@ def joint(classifier: Forward, robustifier: Forward, *, defense: Ball, threat: T
 
     Returns:
         A loss for `train.fit` over the parameters of `init`.
+
+    Raises:
+        ValueError: where a ball is unusable or the balls have different boxes; their norms may differ.
     """
-    check_budget(defense, threat)
+    check_budget(defense, threat.ball)
     return Partial(_loss, classifier, robustifier, defense, threat)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from rdx import bounds, norms
 from rdx.balls import Ball
 from rdx.bounds import Threat
-from rdx.types import Array, LogitsFn, PyTree
+from rdx.types import Array, LogitsFn, Norm, PyTree
 
 # What a loss builder's Partial returns: (loss, (model_state, metrics)).
 LossOutput: TypeAlias = tuple[Array, tuple[PyTree, dict[str, Array]]]
@@ -61,13 +61,21 @@ def defend(x: Array, z: Array, ball: Ball) -> Array:
         Defended inputs, shape `[B, ...]`.
     """
     lower, upper = ball.limits(x)
-    return jnp.clip(x + ball.radius(x) * _unit(z, ball.norm), lower, upper)
+    return jnp.clip(x + ball.radius(x) * into_unit_ball(z, ball.norm), lower, upper)
 
 
-def _unit(z: Array, norm: str) -> Array:
+def into_unit_ball(z: Array, norm: Norm) -> Array:
+    """Computes `delta_D(z) / eps_D`, which lies inside the unit ball for every `z`; see `defend`."""
     if norm == "linf":
         return jnp.tanh(0.5 * z)  # = 2 (sigmoid(z) - 1/2), and exact at both ends in floating point
     return z / norms.expand(1.0 + norms.norm(z, norm), z)
+
+
+def out_of_unit_ball(v: Array, norm: Norm) -> Array:
+    """Computes the `z` with `into_unit_ball(z) = v`, for `v [B, ...]` with `||v||_p < 1`."""
+    if norm == "linf":
+        return 2.0 * jnp.arctanh(v)
+    return v / norms.expand(1.0 - norms.norm(v, norm), v)
 
 
 def retrained(
@@ -101,12 +109,14 @@ def summarize(loss: Array, metrics: dict[str, Array]) -> dict[str, Array]:
     return jax.tree.map(lambda value: value.astype(jnp.float32).mean(), {"loss": loss, **metrics})
 
 
-def check_budget(defense: Ball, threat: Threat) -> None:
-    """Raises where attacker and defender do not share a box.
+def check_budget(defense: Ball, attack: Ball) -> None:
+    """Raises where a ball is unusable or attacker and defender do not share a box; their norms may differ.
 
     Raises:
-        ValueError: naming both boxes.
+        ValueError: on an unknown norm, a negative or NaN radius, an empty box, or different boxes, naming both.
     """
-    boxes = (defense.low, defense.high), (threat.ball.low, threat.ball.high)
+    for ball in (defense, attack):
+        ball.check(ball.low)  # inputs come later, and the end of the box lies in it
+    boxes = (defense.low, defense.high), (attack.low, attack.high)
     if not all(np.array_equal(*ends) for ends in zip(*boxes, strict=True)):
         raise ValueError(f"Defender and attacker have different boxes, {boxes[0]} and {boxes[1]}: give both the same.")

@@ -63,7 +63,7 @@ def prototypes(logits_fn: LogitsFn, camera: Camera, *, defense: Ball, threat: Th
     Raises:
         ValueError: where the balls have different boxes.
     """
-    check_budget(defense, threat)
+    check_budget(defense, threat.ball)
     return Partial(_prototypes, logits_fn, camera, defense, threat)
 
 
@@ -84,7 +84,7 @@ def with_classifier(classifier: Forward, camera: Camera, *, defense: Ball, threa
     Raises:
         ValueError: where the balls have different boxes.
     """
-    check_budget(defense, threat)
+    check_budget(defense, threat.ball)
     return Partial(_with_classifier, classifier, camera, defense, threat)
 
 
@@ -109,8 +109,8 @@ def with_robustifier(
     Raises:
         ValueError: where the balls have different boxes.
     """
-    check_budget(defense, threat)
-    check_budget(defense_picture, threat)
+    check_budget(defense, threat.ball)
+    check_budget(defense_picture, threat.ball)
     return Partial(_with_robustifier, classifier, robustifier, camera, defense, defense_picture, threat)
 
 

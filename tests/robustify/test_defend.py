@@ -9,7 +9,6 @@ import pytest
 
 from rdx import robustify
 from rdx.balls import Ball
-from rdx.bounds import Threat
 from rdx.robustify.objective import check_budget
 
 NORMS = ("linf", "l2", "l1")
@@ -86,7 +85,7 @@ def test_the_boundary_is_reached_in_the_limit(norm, key):
 
 def test_different_boxes_are_refused():
     def check(defense, low, high):
-        check_budget(defense, Threat(Ball("linf", 0.0, low=low, high=high), eps=None))
+        check_budget(defense, Ball("linf", 0.0, low=low, high=high))
 
     check(Ball("linf", 0.1), 0.0, 1.0)
     check(Ball("linf", 0.1, low=np.zeros(3)), np.zeros(3), 1.0)
