@@ -34,7 +34,9 @@ def with_norm(problem, norm):
 @pytest.fixture(scope="module")
 def relu_problem():
     number = next(i for i in range(9999) if rf.name_of(i) == "jax.nn.relu")
-    return rf.draw(rf.VARIANTS * number)
+    variants = (rf.draw(rf.VARIANTS * number + variant) for variant in range(rf.VARIANTS))
+    # The places of cases, and so the draws, depend on how many layers the installed flax has.
+    return next(problem for problem in variants if np.all(problem.ball.eps > 0.0))
 
 
 def test_bounds_that_are_too_narrow_are_noticed(relu_problem):
