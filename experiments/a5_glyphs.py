@@ -39,6 +39,7 @@ from experiments.a5_presets import Schedule
 from experiments.batches import certified_by_intervals, in_batches
 from rdx import attacks, data, models
 from rdx.balls import Ball
+from rdx.bounds import Threat
 from rdx.evaluate import evaluate, records, shared
 from rdx.robustify import acquisition, offline, online, physical
 from rdx.train import certified, schedules, standard
@@ -207,7 +208,8 @@ def _certified(run: Run, schedule: Schedule) -> tuple[Phase, ...]:
 
 
 def _phases(run: Run, schedule: Schedule, builder: Callable[..., Any]) -> tuple[Phase, ...]:
-    return a5_training.phases(_ramp(run, schedule), builder, has_crown=run.config.has_crown)
+    threat = Threat(Ball("linf", 0.0), _ramp(run, schedule), has_crown=run.config.has_crown)
+    return a5_training.phases(threat, builder)
 
 
 def _ramp(run: Run, schedule: Schedule) -> schedules.Ramp:

@@ -30,10 +30,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import a5_certificates, a5_report, a5_training, batches, command_line, runs
+from experiments import a5_certificates, a5_report, a5_training, batches, command_line
 from experiments.a5_presets import Config, config
 from experiments.a5_training import Run
-from rdx import analyse, attacks, data, metrics, models
+from rdx import analyse, attacks, data, metrics
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
 from rdx.evaluate.shared import Attack
@@ -88,16 +88,10 @@ def _at_once(together: str) -> int:
 
 def _prepare(arguments: Arguments) -> Run:
     settings = config(arguments.dataset, arguments.preset)
-    options = {"root": arguments.root or None, "archive": arguments.archive or None}
-    train = data.load(settings.dataset, "train", **options)
-    test = data.load(settings.dataset, arguments.split, **options)
+    options = {"root": arguments.root, "archive": arguments.archive}
     suffix = "" if arguments.split == "test" else f"-{arguments.split}"
     directory = Path(arguments.out or f"runs/a5_tables/{settings.dataset}-{settings.preset}{suffix}")
-    runs.claim(directory, settings, test)
-    return Run(
-        settings, train.take(settings.num_train or len(train)), test.take(settings.num_test or len(test)), directory,
-        models.forward(settings.classifier), models.forward(settings.robustifier),
-    )
+    return a5_training.prepare(settings, directory, claimed=settings, split=arguments.split, **options)
 
 
 def _fill(run: Run, cell: a5_report.Cell) -> None:

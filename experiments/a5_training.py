@@ -16,21 +16,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments import runs
 from experiments.a5_presets import Config, Schedule
 from experiments.a5_report import Cell
 from experiments.batches import in_batches
-from rdx import data, models, robustify
+from rdx import bounds, data, models, robustify
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.checkpoints import Checkpoints
 from rdx.train import certified, fit_together, schedules, standard
 from rdx.train.loop import Phase, fit, init_state
-from rdx.types import Array, Key, LogitsFn, PyTree
+from rdx.types import Array, Key, LogitsFn, Norm, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every stage of a run needs."""
+    """What every stage of a run needs.
+
+    Attributes:
+        config: settings.
+        train: training images.
+        test: images that are robustified and evaluated.
+        directory: where records and checkpoints go.
+        classifier: the network `C`.
+        robustifier: the network `R`.
+        legacy: a classifier that A5/O and A5/R take as it is; None for the one that `eps_classifier` names.
+        norm: of the defender's and the attacker's ball, and of what classifiers are trained for; where it is not linf,
+            A5/O descends the norm's steepest way.
+        method: bounds that A5 prepares with.
+    """
 
     config: Config
     train: data.Source
@@ -38,10 +52,22 @@ class Run:
     directory: Path
     classifier: models.Forward
     robustifier: models.Forward
+    legacy: LogitsFn | None = None
+    norm: Norm = "linf"
+    method: Callable[..., bounds.Interval] = bounds.ibp
 
     def path(self, name: str) -> Path:
         """Names the checkpoint directory of one training."""
         return self.directory / "checkpoints" / name
+
+    def defense(self, cell: Cell) -> Ball:
+        """Builds the defender's ball."""
+        return Ball(self.norm, cell.eps_defense)
+
+    def threat(self, schedule: Schedule, eps: float, num_examples: int, *, has_crown: bool) -> Threat:
+        """Builds the attack that A5 prepares for, at the radius `eps` in the end."""
+        rising = ramp(schedule, eps, num_examples)
+        return Threat(Ball(self.norm, 0.0), rising, has_crown=has_crown, method=self.method)
 
     def evaluated(self, cell: Cell) -> data.Source:
         """Selects the test images of a cell: A5/O optimises, and so has, no more than the config says."""
@@ -59,6 +85,7 @@ class Job:
         params: where it starts.
         source: what it sees.
         stream: which of the run's keys it draws from.
+        optimizer: the rule of its updates; the paper's by default.
         transform: augmentation, if any.
     """
 
@@ -68,7 +95,13 @@ class Job:
     params: PyTree
     source: data.Source
     stream: int
+    optimizer: optax.GradientTransformation | None = None
     transform: Callable[..., PyTree] | None = None
+
+    @property
+    def rule(self) -> optax.GradientTransformation:
+        """The optimizer; one object for equal jobs."""
+        return rmsprop(self.schedule, len(self.source)) if self.optimizer is None else self.optimizer
 
     @property
     def num_steps(self) -> int:
@@ -85,31 +118,57 @@ class Job:
         }
 
 
+def prepare(
+    settings: Config, directory: Path, *, claimed: Any, split: str = "test", root: str = "", archive: str = ""
+) -> Run:
+    """Loads the data and claims the directory.
+
+    Args:
+        settings: networks, schedules and data.
+        directory: where the run writes.
+        claimed: all settings of the run, see `runs.claim`.
+        split: what is robustified and evaluated.
+        root: directory of the published data files; RDX_DATA_DIR if empty.
+        archive: a prepared .npz instead.
+    """
+    options = {"root": root or None, "archive": archive or None}
+    train, test = (data.load(settings.dataset, name, **options) for name in ("train", split))
+    runs.claim(directory, claimed, test)
+    return Run(
+        settings, train.take(settings.num_train or len(train)), test.take(settings.num_test or len(test)), directory,
+        models.forward(settings.classifier), models.forward(settings.robustifier),
+    )
+
+
 def defended(run: Run, cell: Cell) -> tuple[LogitsFn, Array]:
     """Trains what a cell needs, where that is not done, and defends its test images.
 
     Returns:
         The classifier, and the images of `run.evaluated(cell)`, as floats.
     """
-    x, defense = data.to_float(run.evaluated(cell).images), Ball("linf", cell.eps_defense)
+    x, defense = data.to_float(run.evaluated(cell).images), run.defense(cell)
     if cell.recipe == "base":
         return _legacy(run, cell), x
     if cell.recipe == "offline":
         params = train(run, offline_job(run, cell))
         return _legacy(run, cell), robustify.offline.apply(params, x, jnp.arange(len(x)), defense=defense)
-    if cell.recipe == "online":
-        logits_fn, robustifier = _legacy(run, cell), train(run, online_job(run, cell))
-    else:
-        both = train(run, joint_job(run, cell))
-        logits_fn, robustifier = run.classifier.logits_fn(both["classifier"], {}), both["robustifier"]
+    logits_fn, robustifier = networks(run, cell)
     return logits_fn, in_batches(lambda part: _apply_online(run.robustifier, robustifier, part, defense), x)
+
+
+def networks(run: Run, cell: Cell) -> tuple[LogitsFn, PyTree]:
+    """Trains the networks of a cell of A5/R or A5/RC, where that is not done: the classifier, and R's parameters."""
+    if cell.recipe == "online":
+        return _legacy(run, cell), train(run, online_job(run, cell))
+    both = train(run, joint_job(run, cell))
+    return run.classifier.logits_fn(both["classifier"], {}), both["robustifier"]
 
 
 def train(run: Run, job: Job) -> PyTree:
     """Trains, or goes on, or takes the finished parameters from the checkpoint."""
     batch_size = min(job.schedule.batch_size, len(job.source))
     mesh = data.data_mesh() if batch_size % jax.device_count() == 0 else None
-    optimizer = rmsprop(job.schedule, len(job.source))
+    optimizer = job.rule
     state, history = fit(
         job.loss, init_state(job.params, {}, optimizer), optimizer, _batches(run, job, mesh), key=_key(run, job.stream),
         directory=run.path(job.name), **job.options,
@@ -147,7 +206,7 @@ def _train_group(run: Run, jobs: list[Job]) -> None:
     if all((run.path(job.name) / str(job.num_steps)).exists() for job in jobs):
         return
     name = f"together-{hashlib.sha256(' '.join(job.name for job in jobs).encode()).hexdigest()[:12]}"
-    first, optimizer = jobs[0], rmsprop(jobs[0].schedule, len(jobs[0].source))
+    first, optimizer = jobs[0], jobs[0].rule
     print(f"{len(jobs)} at once: {', '.join(job.name for job in jobs)}", flush=True)
     states, histories = fit_together(
         [job.loss for job in jobs], [init_state(job.params, {}, optimizer) for job in jobs], optimizer,
@@ -167,23 +226,26 @@ def classifier_job(run: Run, eps: float) -> Job:
     params = run.classifier.model.init(_key(run, 0), data.to_float(run.train.images[:1]))["params"]
     loss = standard.cross_entropy(run.classifier)
     if eps > 0:
-        loss = certified.phases(run.classifier, Ball("linf", 0.0), eps=ramp(schedule, eps, len(run.train)))
+        loss = certified.phases(run.classifier, Ball(run.norm, 0.0), eps=ramp(schedule, eps, len(run.train)))
     return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1)
 
 
 def offline_job(run: Run, cell: Cell) -> Job:
     """Describes A5/O on the cell's test images."""
     schedule, source = run.config.offline, run.evaluated(cell)
-    threat = Threat(Ball("linf", 0.0), ramp(schedule, cell.eps_robustify, len(source)), has_crown=False)
-    loss = robustify.offline.offline(_legacy(run, cell), defense=Ball("linf", cell.eps_defense), threat=threat)
-    return Job(cell.training, schedule, loss, robustify.offline.init(len(source), source.images.shape[1:]), source, 2)
+    threat = run.threat(schedule, cell.eps_robustify, len(source), has_crown=False)
+    loss = robustify.offline.offline(_legacy(run, cell), defense=run.defense(cell), threat=threat)
+    start = robustify.offline.init(len(source), source.images.shape[1:])
+    decay = _decay(schedule, len(source))
+    optimizer = None if run.norm == "linf" else _steepest(run.norm, schedule.learning_rate, decay)
+    return Job(cell.training, schedule, loss, start, source, 2, optimizer)
 
 
 def online_job(run: Run, cell: Cell) -> Job:
     """Describes A5/R, also that which A5/RC starts from."""
     params = run.robustifier.model.init(_key(run, 3), data.to_float(run.train.images[:1]))["params"]
     builder = functools.partial(
-        robustify.online.online, _legacy(run, cell), run.robustifier, defense=Ball("linf", cell.eps_defense)
+        robustify.online.online, _legacy(run, cell), run.robustifier, defense=run.defense(cell)
     )
     schedule, name = run.config.online, cell.training.replace("joint", "online")
     return Job(name, schedule, _phases(run, schedule, cell.eps_robustify, builder), params, run.train, 4)
@@ -192,11 +254,9 @@ def online_job(run: Run, cell: Cell) -> Job:
 def joint_job(run: Run, cell: Cell) -> Job:
     """Describes A5/RC."""
     base, robustifier = train(run, classifier_job(run, cell.eps_classifier)), train(run, online_job(run, cell))
-    builder = functools.partial(
-        robustify.joint.joint, run.classifier, run.robustifier, defense=Ball("linf", cell.eps_defense)
-    )
+    builder = functools.partial(robustify.joint.joint, run.classifier, run.robustifier, defense=run.defense(cell))
     loss, params = _phases(run, run.config.joint, cell.eps_robustify, builder), robustify.joint.init(robustifier, base)
-    return Job(cell.training, run.config.joint, loss, params, run.train, 5, _augment(run.config))
+    return Job(cell.training, run.config.joint, loss, params, run.train, 5, transform=_augment(run.config))
 
 
 def steps_per_epoch(num_examples: int, schedule: Schedule) -> int:
@@ -214,32 +274,38 @@ def ramp(schedule: Schedule, eps: float, num_examples: int) -> schedules.Ramp:
     )
 
 
-def phases(eps: schedules.Ramp, builder: Callable[..., Any], *, has_crown: bool) -> tuple[Phase, ...]:
+def phases(threat: Threat, builder: Callable[..., Any]) -> tuple[Phase, ...]:
     """Builds the phases of a robustifying loss.
 
     CROWN-IBP takes part, if at all, while the radius rises; after that its share is 0 and it is left out.
 
     Args:
-        eps: the radius at each step.
+        threat: the attack to prepare for; it says whether CROWN-IBP takes part.
         builder: `(threat=...) -> loss`.
-        has_crown: whether CROWN-IBP takes part.
     """
-    mixed, plain = (builder(threat=Threat(Ball("linf", 0.0), eps, has_crown=crown)) for crown in (True, False))
-    return (*([Phase(max(int(eps.end), 0), mixed)] if has_crown else ()), Phase(None, plain))
+    rising = (Phase(max(int(threat.eps.end), 0), builder(threat=threat)),) if threat.has_crown else ()
+    return *rising, Phase(None, builder(threat=dataclasses.replace(threat, has_crown=False)))
 
 
 def rmsprop(schedule: Schedule, num_examples: int) -> optax.GradientTransformation:
     """Builds the paper's optimizer; equal schedules share one object, and so what is compiled with it."""
+    return _rmsprop(schedule.learning_rate, _decay(schedule, num_examples))
+
+
+def _decay(schedule: Schedule, num_examples: int) -> tuple[int, ...]:
+    """Counts the updates after which the learning rate falls."""
     per_epoch = steps_per_epoch(num_examples, schedule)
-    return _rmsprop(schedule.learning_rate, tuple(epoch * per_epoch for epoch in schedule.decay))
+    return tuple(epoch * per_epoch for epoch in schedule.decay)
 
 
 def _legacy(run: Run, cell: Cell) -> LogitsFn:
+    if run.legacy is not None:
+        return run.legacy
     return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier)), {})
 
 
 def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, ...]:
-    return phases(ramp(schedule, eps, len(run.train)), builder, has_crown=run.config.has_crown)
+    return phases(run.threat(schedule, eps, len(run.train), has_crown=run.config.has_crown), builder)
 
 
 def _batches(run: Run, job: Job, mesh: jax.sharding.Mesh | None) -> Callable[[int], PyTree]:
@@ -250,9 +316,17 @@ def _batches(run: Run, job: Job, mesh: jax.sharding.Mesh | None) -> Callable[[in
 
 @functools.cache
 def _rmsprop(learning_rate: float, boundaries: tuple[int, ...]) -> optax.GradientTransformation:
-    rate = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(boundaries, 0.1))
     # torch's RMSProp, which the paper uses, adds its epsilon outside the root.
-    return optax.rmsprop(rate, decay=0.99, eps_in_sqrt=False)
+    return optax.rmsprop(_falling(learning_rate, boundaries), decay=0.99, eps_in_sqrt=False)
+
+
+@functools.cache
+def _steepest(norm: Norm, learning_rate: float, boundaries: tuple[int, ...]) -> optax.GradientTransformation:
+    return robustify.offline.steepest(Ball(norm, 1.0), _falling(learning_rate, boundaries))
+
+
+def _falling(learning_rate: float, boundaries: tuple[int, ...]) -> optax.Schedule:
+    return optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(boundaries, 0.1))
 
 
 @functools.cache

@@ -108,7 +108,7 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     if records.read(run.directory / "records", name) is not None:
         return
     begun = time.monotonic()
-    logits_fn, history = _train(run, method, weight, name)
+    logits_fn, history = train(run, method, weight, name)
     seconds_training = time.monotonic() - begun
     source, ball = run.parts.held_out if is_tuning else run.parts.test, Ball("linf", run.config.eps)
     x = data.to_float(source.images)
@@ -132,7 +132,8 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
           f"({seconds_training:.0f} + {time.monotonic() - begun - seconds_training:.0f} s)", flush=True)
 
 
-def _train(run: Run, method: Method, weight: float | None, name: str) -> tuple[LogitsFn, list[dict[str, float]]]:
+def train(run: Run, method: Method, weight: float | None, name: str) -> tuple[LogitsFn, list[dict[str, float]]]:
+    """Trains by a method, or takes the finished network from its checkpoint; returns it and the steps' history."""
     settings = run.config
     source = run.parts.train if method.num_train is None else run.parts.train.take(method.num_train)
     batch_size = method.batch_size or settings.batch_size

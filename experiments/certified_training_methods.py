@@ -96,8 +96,18 @@ def trained(config: Config, method: Method, state: TrainState, source: data.Sour
     return forward, params, model_state
 
 
+@functools.cache
+def pgd(num_steps: int) -> functools.partial:
+    """Builds the attack of training; one object for all methods, so that it is compiled once.
+
+    On CPUs it unrolls: compiled loops hold convolutions in their slow form.
+    """
+    kind = "host" if jax.default_backend() == "cpu" else "compiled"
+    return functools.partial(attacks.pgd, num_steps=num_steps, loop=attacks.Loop(kind=kind))
+
+
 def _losses(config: Config) -> dict[str, Callable[[models.Forward, Any, ramps.Ramp], Any]]:
-    attack, latent = _pgd(config.attack_steps), _pgd(config.latent_steps)
+    attack, latent = pgd(config.attack_steps), pgd(config.latent_steps)
     return {
         "ibp": lambda f, _, eps: certified.ibp(f, _BALL, eps=eps),
         "fast_ibp": lambda f, _, eps: fast_ibp.fast_ibp(f, _BALL, eps=eps),
@@ -111,13 +121,3 @@ def _losses(config: Config) -> dict[str, Callable[[models.Forward, Any, ramps.Ra
         "exp_ibp": lambda f, w, eps: expressive.exp_ibp(f, _BALL, eps=eps, alpha=w, attack=attack),
         "convex_outer": lambda f, _, eps: convex_outer.convex_outer(f, _BALL, eps=eps),
     }
-
-
-@functools.cache
-def _pgd(num_steps: int) -> functools.partial:
-    """Builds the attack of training; one object for all methods, so that it is compiled once.
-
-    On CPUs it unrolls: compiled loops hold convolutions in their slow form.
-    """
-    kind = "host" if jax.default_backend() == "cpu" else "compiled"
-    return functools.partial(attacks.pgd, num_steps=num_steps, loop=attacks.Loop(kind=kind))

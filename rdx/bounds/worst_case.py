@@ -11,6 +11,7 @@ released code does.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from rdx.balls import Ball, Region
 from rdx.bounds import relaxations
 from rdx.bounds.crown import crown_ibp
 from rdx.bounds.ibp import ibp
+from rdx.bounds.interval import Interval
 from rdx.types import Array, ArrayLike, LogitsFn, PyTree
 
 
@@ -29,7 +31,7 @@ class WorstCase(NamedTuple):
 
     Attributes:
         loss: the worst-case cross entropy, shape `[B]`.
-        is_certified: every margin is positive by interval bounds, without allowance for rounding. Shape `[B]`, bool.
+        is_certified: every margin is positive by `method`'s bounds, without allowance for rounding. Shape `[B]`, bool.
     """
 
     loss: Array
@@ -61,6 +63,8 @@ class Threat:
         kappa_end: weight of the clean loss at the final radius, in [0, 1].
         has_crown: whether bounds mix CROWN-IBP in; at the final radius its share is 0 and it can be left out.
         kappa_start: weight of the clean loss at radius 0.
+        method: `(fn, region, *args) -> Interval`, the bounds that stand where the formulas say IBP: another method of
+            `rdx.bounds`, or those of a Lipschitz constant; one function object, since it is compiled with.
     """
 
     ball: Ball
@@ -68,6 +72,7 @@ class Threat:
     kappa_end: ArrayLike = 0.0
     has_crown: bool = dataclasses.field(default=True, metadata={"static": True})
     kappa_start: ArrayLike = 1.0
+    method: Callable[..., Interval] = dataclasses.field(default=ibp, metadata={"static": True})
 
     def at(self, step: Array) -> Moment:
         """Computes radius and weights after `step` updates."""
@@ -77,7 +82,10 @@ class Threat:
         return Moment(dataclasses.replace(self.ball, eps=eps), share, start * share + end * (1.0 - share))
 
 
-def worst_case(logits_fn: LogitsFn, region: Region, labels: Array, *, crown_share: Array | None = None) -> WorstCase:
+def worst_case(
+    logits_fn: LogitsFn, region: Region, labels: Array, *, crown_share: Array | None = None,
+    method: Callable[..., Interval] = ibp,
+) -> WorstCase:
     """Computes `E(x) = log(1 + sum_{j != y} exp(-m_j))` for lower bounds `m_j` of the margins over a region.
 
     The bounds are `crown_share * CROWN-IBP + (1 - crown_share) * IBP`. CROWN-IBP takes the upper line's slope for the
@@ -88,18 +96,19 @@ def worst_case(logits_fn: LogitsFn, region: Region, labels: Array, *, crown_shar
         region: the perturbed inputs.
         labels: shape `[B]`, int.
         crown_share: weight of CROWN-IBP in [0, 1]; None for intervals alone (Gowal et al. 2018, arXiv:1810.12715).
+        method: what bounds by in place of IBP.
 
     Returns:
         Loss and certificates.
     """
     margins_fn = margins.of(logits_fn)
-    interval_lower = ibp(margins_fn, region, labels).lower
-    lower = interval_lower
+    method_lower = method(margins_fn, region, labels).lower
+    lower = method_lower
     if crown_share is not None:
         slope = relaxations.same_slope
         linear_lower = crown_ibp(margins_fn, region, labels, relu_lower=slope, intersect=False).lower
-        lower = crown_share * linear_lower + (1.0 - crown_share) * interval_lower
-    return WorstCase(losses.worst_case_cross_entropy(lower), (interval_lower > 0.0).all(axis=1))
+        lower = crown_share * linear_lower + (1.0 - crown_share) * method_lower
+    return WorstCase(losses.worst_case_cross_entropy(lower), (method_lower > 0.0).all(axis=1))
 
 
 def phased_objective(
@@ -116,11 +125,12 @@ def phased_objective(
         step: number of updates so far.
 
     Returns:
-        Loss `[B]` and metrics: `clean_loss`, `certified_loss`, `error`, `certified_error` (by intervals), each `[B]`,
-        and the scalars `eps` and `kappa`.
+        Loss `[B]` and metrics: `clean_loss`, `certified_loss`, `error`, `certified_error` (by the threat's
+        method), each `[B]`, and the scalars `eps` and `kappa`.
     """
     ball, share, kappa = threat.at(step)
-    worst = worst_case(logits_fn, ball.region(x), labels, crown_share=share if threat.has_crown else None)
+    crown_share = share if threat.has_crown else None
+    worst = worst_case(logits_fn, ball.region(x), labels, crown_share=crown_share, method=threat.method)
     clean_loss = losses.cross_entropy(logits, labels)
     loss = kappa * clean_loss + (1.0 - kappa) * worst.loss
     return loss, {

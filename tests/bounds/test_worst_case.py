@@ -98,6 +98,23 @@ def test_crown_can_be_left_out_at_the_end():
     assert np.abs(objective(15, has_crown=False)[0] - objective(15)[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("method", [bounds.crown_ibp, partial(bounds.lipschitz, constant=3.0)])
+def test_other_bounds_stand_where_the_formula_says_intervals(method):
+    x, labels = batch()
+    lower = np.asarray(method(margins.of(logits_fn()), Ball("linf", 0.2).region(x), labels).lower)
+    loss, metrics = objective(20, has_crown=False, method=method)
+    np.testing.assert_allclose(loss, formula(lower), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["certified_error"], (lower <= 0).any(axis=1))
+    assert np.abs(loss - objective(20, has_crown=False)[0]).max() > 1e-3
+    # While the radius rises, CROWN-IBP has its share beside them.
+    moment = threat().at(jnp.int32(15))
+    share = float(moment.share)
+    _, crown = lower_bounds(logits_fn(), moment.ball, x, labels)
+    lower = np.asarray(method(margins.of(logits_fn()), moment.ball.region(x), labels).lower)
+    mixed = objective(15, method=method)[1]["certified_loss"]
+    np.testing.assert_allclose(mixed, formula(share * crown + (1.0 - share) * lower), rtol=1e-4)
+
+
 def test_radius_of_zero_is_clean_training():
     x, labels = batch()
     loss, metrics = objective(0)
