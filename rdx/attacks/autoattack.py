@@ -22,8 +22,6 @@ from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn, Norm, RandomLogitsFn
 
 Attack: TypeAlias = Callable[..., AttackResult]
-# Fillers complete the arrays of the examples that still stand to a power of two, at least this.
-_LEAST_SIZE = 8
 
 
 class Cascade(NamedTuple):
@@ -221,7 +219,7 @@ def _run_on_standing(attack: Attack, problem: base.Problem, found: base.Found, i
         return found
     if len(standing) == len(index):
         return _run_on_all(attack, problem, found, index)
-    size = min(len(index), max(_LEAST_SIZE, 1 << (len(standing) - 1).bit_length()))
+    size = min(len(index), driver.size_for(len(standing)))
     rows = np.resize(standing, size)
     before = jax.tree.map(lambda leaf: leaf[rows], found)
     after = _run_on_all(attack, base.take(problem, rows), before, index[rows])

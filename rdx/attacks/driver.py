@@ -29,6 +29,8 @@ from rdx.types import Array, ArrayLike, Key, Trace
 
 # Examples that run are never fewer than this in an array: compiling for less does not pay.
 _LEAST_SIZE = 8
+# Above this many, a quarter of a power of two of fillers costs more than compiling for another size.
+_FINE_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,16 @@ class Loop:
 
 
 AUTO = Loop()
+
+
+def size_for(num: int) -> int:
+    """Rounds a number of examples up to one of few sizes of arrays, so that little is compiled.
+
+    They are powers of two and, above 32, the three sizes between, so that at most a fifth of the rows are fillers.
+    """
+    whole = max(_LEAST_SIZE, 1 << max(num - 1, 0).bit_length())
+    step = whole // 8 if whole > _FINE_SIZE else whole
+    return max(-(-num // step), 1) * step
 
 
 def take_found(context: Any, state: Any) -> Found:
@@ -265,13 +277,13 @@ class _Run:
         return state
 
     def _drop_halted(self, found: Found, state: Any) -> tuple[Found, Any]:
-        """Keeps those still running, in arrays of the next power of two, once that saves a quarter."""
+        """Keeps those still running, in arrays of the next size, once that saves a quarter."""
         if not _may_halt(self.plan):
             return found, state
         halted = np.asarray(_call_halted(self.plan, self.context, found))
         alive = np.flatnonzero(~halted[: self.standing])
         self.running = len(alive)
-        size = max(_LEAST_SIZE, 1 << max(len(alive) - 1, 0).bit_length())
+        size = size_for(len(alive))
         if len(alive) and (not self.is_compact or 4 * size > 3 * len(self.rows)):
             return found, state
         self._keep(found)

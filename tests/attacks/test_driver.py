@@ -134,6 +134,14 @@ def test_progress_tells_who_is_still_running(loop):
         np.testing.assert_array_equal(a, b)
 
 
+def test_arrays_have_few_sizes_and_few_fillers():
+    numbers = np.arange(1, 1025)
+    sizes = np.array([driver.size_for(num) for num in range(1, 1025)])
+    assert (sizes >= numbers).all()
+    assert len(np.unique(sizes)) == 3 + 4 * 5  # up to 32, then in every octave
+    assert ((sizes - numbers) / sizes)[numbers > 32].max() < 0.2
+
+
 def test_everything_done_ends_the_run():
     seen = []
     _climb(X[:5], THRESHOLD[:5], attacks.Loop(chunk=2, progress=lambda *numbers: seen.append(numbers)), num_restarts=9)
