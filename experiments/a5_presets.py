@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from experiments import command_line
 from rdx import models
 
 
@@ -97,11 +98,10 @@ def config(dataset: str, preset: str) -> Config:
         "tiny_imagenet32": functools.partial(_tiny_imagenet, "tiny_imagenet32"),
         "tiny_imagenet": functools.partial(_tiny_imagenet, "tiny_imagenet"),
     }
-    if dataset not in builders:
-        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    build = command_line.of_dataset(builders, dataset)
     if preset not in {"smoke", "cpu", "paper"}:
         raise ValueError(f"Unknown preset {preset!r}: use smoke, cpu or paper.")
-    settings = builders[dataset](preset)
+    settings = build(preset)
     return _smoke(settings) if preset == "smoke" else settings
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments import a5_presets
+from experiments import a5_presets, command_line
 from experiments.a5_report import Cell
 from rdx import models
 from rdx.balls import Ball
@@ -95,10 +95,8 @@ def config(dataset: str, preset: str) -> Config:
     Raises:
         ValueError: naming what there is.
     """
-    builders = {"digits": _digits, "mnist": _mnist}
-    if dataset not in builders:
-        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
-    settings = builders[dataset](a5_presets.config(dataset, preset))
+    build = command_line.of_dataset({"digits": _digits, "mnist": _mnist}, dataset)
+    settings = build(a5_presets.config(dataset, preset))
     return _smoke(settings) if preset == "smoke" else settings
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments import command_line
 from rdx import models
 
 
@@ -66,12 +67,10 @@ def config(dataset: str, preset: str) -> Config:
     Raises:
         ValueError: naming what there is.
     """
-    builders = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
-    if dataset not in builders:
-        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    build = command_line.of_dataset({"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}, dataset)
     if preset not in {"smoke", "cpu", "paper"} or (dataset == "cifar10") != (preset == "paper"):
         raise ValueError(f"No preset {preset!r} for {dataset}: use smoke or cpu, and paper for cifar10.")
-    settings = builders[dataset]()
+    settings = build()
     return _smoke(settings) if preset == "smoke" else settings
 
 

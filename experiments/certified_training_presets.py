@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from experiments import command_line
 from rdx import models
 
 
@@ -120,14 +121,12 @@ def config(dataset: str, preset: str) -> Config:
     Raises:
         ValueError: naming what there is.
     """
-    builders = {"digits": _digits, "mnist": _mnist}
-    if dataset not in builders:
-        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    build = command_line.of_dataset({"digits": _digits, "mnist": _mnist}, dataset)
     if preset not in {"smoke", "cpu", "paper"} or (dataset == "digits" and preset == "paper"):
         raise ValueError(f"No preset {preset!r} for {dataset}: use smoke or cpu, and paper for mnist.")
     if preset == "paper":
         return _paper_mnist()
-    settings = builders[dataset]()
+    settings = build()
     return _smoke(settings) if preset == "smoke" else settings
 
 

@@ -1,7 +1,8 @@
-"""Command lines from dataclasses."""
+"""Command lines from dataclasses, and what they name."""
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,6 +22,17 @@ def parse(kind: type[T]) -> T:
     except ImportError:
         return _parse_pairs(kind, sys.argv[1:])
     return tyro.cli(kind)
+
+
+def of_dataset(builders: Mapping[str, T], dataset: str) -> T:
+    """Looks up what builds the settings of a data set.
+
+    Raises:
+        ValueError: naming the data sets that there are.
+    """
+    if dataset not in builders:
+        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    return builders[dataset]
 
 
 def _parse_pairs(kind: type[T], words: list[str]) -> T:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments import command_line
 from rdx import models
 
 
@@ -74,12 +75,10 @@ def config(dataset: str, preset: str) -> Config:
     Raises:
         ValueError: naming what there is.
     """
-    builders = {"digits": _digits, "mnist": _mnist}
-    if dataset not in builders:
-        raise ValueError(f"No settings for data set {dataset!r}: use one of {', '.join(builders)}.")
+    build = command_line.of_dataset({"digits": _digits, "mnist": _mnist}, dataset)
     if preset not in {"smoke", "cpu"}:
         raise ValueError(f"Unknown preset {preset!r}: use smoke or cpu.")
-    settings = builders[dataset]()
+    settings = build()
     return _smoke(settings) if preset == "smoke" else settings
 
 

@@ -70,9 +70,9 @@ def size_for(num: int) -> int:
 
     They are powers of two and, above 32, the three sizes between, so that at most a fifth of the rows are fillers.
     """
-    whole = max(_LEAST_SIZE, 1 << max(num - 1, 0).bit_length())
+    whole = max(_LEAST_SIZE, 1 << (num - 1).bit_length())
     step = whole // 8 if whole > _FINE_SIZE else whole
-    return max(-(-num // step), 1) * step
+    return -(-num // step) * step
 
 
 def take_found(context: Any, state: Any) -> Found:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rdx.attacks import driver
 from rdx.balls import Ball, check_labels
 from rdx.types import Array, AttackResult, Key, LogitsFn
 
@@ -44,7 +45,7 @@ def key_of(key: Key, name: str) -> Key:
 
 
 def walk(rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cuts rows into batches; a last batch that is not full is filled up to a power of two, so that little is compiled.
+    """Cuts rows into batches; a last batch that is not full is filled up to one of few sizes; see `driver.size_for`.
 
     Args:
         rows: places of examples, shape `[M]`, int.
@@ -55,7 +56,7 @@ def walk(rows: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.nda
     """
     for start in range(0, len(rows), batch_size):
         taken = rows[start : start + batch_size]
-        yield taken, fill(taken, min(batch_size, 1 << (len(taken) - 1).bit_length()))
+        yield taken, fill(taken, min(batch_size, driver.size_for(len(taken))))
 
 
 def fill(rows: np.ndarray, size: int) -> np.ndarray:
