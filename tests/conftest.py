@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +61,17 @@ def pytest_runtest_teardown(item):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def compilations():
+    """Names of the functions, as `jit(name)`, that XLA compiles while the test runs."""
+    names = []
+
+    def note(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
