@@ -22,10 +22,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 _STARTED = time.monotonic()
+# Tests that are slow like those marked so, by name: those that took longest when everything was timed.
+_SLOW = frozenset((_ROOT / "tests" / "slow.txt").read_text().splitlines())
 
 
 def pytest_collection_modifyitems(config, items):
-    """Puts tests marked slow last, and leaves them out unless RDX_SLOW=1 or a marker expression is given."""
+    """Puts slow tests last, and leaves them out unless RDX_SLOW=1 or a marker expression is given."""
+    for item in items:
+        if item.nodeid.split("@")[0] in _SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=_is_slow)
     if os.environ.get("RDX_SLOW") == "1" or config.getoption("-m"):
         return

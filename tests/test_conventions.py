@@ -151,3 +151,9 @@ def test_files_are_short():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
     assert len(lengths) > 40
     assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def test_the_list_of_slow_tests_names_what_there_is():
+    for name in (ROOT.parent / "tests" / "slow.txt").read_text().splitlines():
+        path, function = name.split("[")[0].split("::")
+        assert f"def {function}(" in (ROOT.parent / path).read_text(), name
