@@ -22,7 +22,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 _STARTED = time.monotonic()
-# Tests that are slow like those marked so, by name: those that took longest when everything was timed.
+# Slow like tests that are marked so: those that took longest when everything was timed.
 _SLOW = frozenset((_ROOT / "tests" / "slow.txt").read_text().splitlines())
 
 

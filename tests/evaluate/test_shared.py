@@ -13,7 +13,7 @@ from rdx.balls import Ball
 from rdx.evaluate import shared
 
 
-@pytest.mark.parametrize(("num", "sizes"), [(0, []), (1, [8]), (8, [8]), (9, [8, 8]), (21, [8, 8, 8])])
+@pytest.mark.parametrize(("num", "sizes"), [(0, []), (1, [8]), (5, [8]), (8, [8]), (9, [8, 8]), (21, [8, 8, 8])])
 def test_walk_visits_every_row_once_and_fills_up(num, sizes):
     rows = 100 + np.arange(num)
     batches = list(shared.walk(rows, 8))
