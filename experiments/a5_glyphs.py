@@ -7,8 +7,9 @@
 a certified one, A5/P (the characters are changed), A5/PC (characters and classifier) and a control, a classifier that
 is trained on from the certified one as long as A5/PC's, with characters as they were; also A5/PRC, which the paper only
 names. Presets: `smoke` takes seconds and runs every branch, `cpu` has pictures of 32 x 32 pixels, a small network and
-certified training by IBP alone, `paper` has CROWN-IBP and the paper's network, size and camera. All rows are evaluated
-on the same draws of the camera, which no training has seen.
+A5's recipes by intervals alone, `paper` has the paper's network, size and camera. All rows are evaluated on the same
+draws of the camera, which no training has seen. The certified classifier and the control are trained by CROWN-IBP with
+loss fusion (Xu et al. 2020, arXiv:2002.12920), where the paper has a backward row for each of 61 margins.
 
 Everything goes to `runs/a5_glyphs/<preset>/`: one JSON and NPZ per row, `table.md` and pictures. A run that is
 interrupted continues with the same command and ends with the same table.
@@ -115,9 +116,7 @@ def _prepare(arguments: Arguments) -> Run:
 def _fill(run: Run, recipe: str) -> None:
     """Trains what the row needs, takes the pictures, evaluates them and writes the record."""
     print(recipe, flush=True)
-    settings, start = run.config, time.monotonic()
-    params = _TRAINED[recipe](run)
-    seconds_training = time.monotonic() - start
+    settings, params, start = run.config, _TRAINED[recipe](run), time.monotonic()
     logits_fn, ball = run.classifier.logits_fn(params["classifier"], {}), Ball("linf", settings.eps_attack)
     shown, x = _photographs(run, settings.num_test), _pictures(run, params)
     attack_set = _attacks(settings)
@@ -128,6 +127,7 @@ def _fill(run: Run, recipe: str) -> None:
     by_ibp = certified_by_intervals(logits_fn, ball, x, shown.labels)
     _save_images(run, recipe, params, x)
     summary = records.summarize(result, tuple(attack_set))
+    seconds_training, seconds_evaluation = runs.seconds(run.directory / "seconds" / recipe), time.monotonic() - start
     records.write(run.directory / "records", recipe, {
         "experiment": "a5_glyphs", "recipe": recipe, "config": settings, "summary": summary,
         "certified_all_by_ibp": 1.0 - float(by_ibp.mean()),
@@ -135,9 +135,11 @@ def _fill(run: Run, recipe: str) -> None:
         "certified_by": "crown_ibp intersected with ibp",
         "data": {"name": run.glyphs.name, "split": settings.split, "size": len(shown), "font": settings.font,
                  "fingerprint": run.glyphs.fingerprint},
-        "seconds_training": seconds_training, "seconds_total": time.monotonic() - start,
+        "seconds_training": seconds_training, "seconds_evaluation": seconds_evaluation,
+        "seconds_total": seconds_training + seconds_evaluation,
     }, result)
-    print(f"  {a5_glyphs_report.line(summary)}  ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"  {a5_glyphs_report.line(summary)}  ({seconds_training:.0f} s training of this row's own stage, "
+          f"{seconds_evaluation:.0f} s evaluation)", flush=True)
 
 
 def _train_vanilla(run: Run) -> PyTree:
@@ -184,7 +186,7 @@ def _train_robustified(run: Run) -> PyTree:
     return _fit(run, schedule, _phases(run, schedule, builder), params, "prc")
 
 
-# Each gives prototypes `z` and a classifier, and a robustifier where there is one.
+# Each gives prototypes `z` and a classifier, and a robustifier where there is one. The last stage has the row's name.
 _TRAINED: dict[str, Callable[[Run], PyTree]] = {
     "vanilla": _train_vanilla, "base": _train_base, "p": _train_prototypes, "control": _train_control,
     "pc": _train_retrained, "prc": _train_robustified,
@@ -202,9 +204,7 @@ def _with_plain_prototypes(run: Run, classifier: PyTree) -> PyTree:
 
 def _certified(run: Run, schedule: Schedule) -> tuple[Phase, ...]:
     """Trains a classifier alone."""
-    ball, ramp = Ball("linf", 0.0), _ramp(run, schedule)
-    first, *others = certified.phases(run.classifier, ball, eps=ramp)
-    return (first, *(others if run.config.has_crown else others[1:]))
+    return certified.phases(run.classifier, Ball("linf", 0.0), eps=_ramp(run, schedule), loss=certified.fused)
 
 
 def _phases(run: Run, schedule: Schedule, builder: Callable[..., Any]) -> tuple[Phase, ...]:
@@ -227,7 +227,7 @@ def _fit(run: Run, schedule: Schedule, loss: Any, params: PyTree, name: str, tra
         lambda step: {**loader(step), "row": jnp.asarray(sampler.indices(step) % len(run.glyphs))},
         key=shared.key_of(run.key, f"train {name}"), num_steps=schedule.epochs * per_epoch, transform=transform,
         directory=run.directory / "checkpoints" / name, save_every=max(per_epoch, 100), keep=1, log_every=per_epoch,
-        label=name,
+        on_log=runs.stopwatch(run.directory / "seconds" / name), label=name,
     )
     if history:
         last = {key: f"{value:.4g}" for key, value in history[-1].items()}

@@ -18,12 +18,13 @@ class Config:
         classifier: the network `C`.
         robustifier: the network `R` of A5/PRC.
         vanilla: schedule of the classifier that is not robust.
-        base: schedule of the certified classifier: CROWN-IBP, or IBP without `has_crown`.
+        base: schedule of the certified classifier.
         prototypes: schedule of A5/P, which starts from the certified classifier.
         retrained: schedule of A5/PC and of its control, which start there too.
         robustified: schedule of A5/PRC, which starts where A5/PC ended, with a new robustifier.
         prototype_speed: how many times the learning rate of networks is that of prototypes.
-        has_crown: whether bounds mix CROWN-IBP in while the radius rises; for 61 margins it costs dozens of times IBP.
+        has_crown: whether the bounds of A5's recipes mix CROWN-IBP in while the radius rises; for 61 margins it costs
+            dozens of times IBP.
         eps_attack: radius `eps_A` of the attacker, and `eps_A^C` of the certified classifier.
         eps_defense: radius `eps_D` of the defender of prototypes.
         eps_picture: radius of the defender of pictures, in A5/PRC.

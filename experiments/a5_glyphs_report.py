@@ -23,11 +23,6 @@ _EPOCHS = {
 _PAIRS = (("base", "vanilla"), ("p", "base"), ("pc", "p"), ("pc", "control"), ("prc", "pc"))
 
 
-def title(config: Config, recipe: str) -> str:
-    """Names a row."""
-    return RECIPES[recipe] if config.has_crown else RECIPES[recipe].replace("CROWN-IBP", "IBP")
-
-
 def line(summary: Mapping[str, Any]) -> str:
     """Formats a row's errors for the console."""
     return f"{report.cell(summary)} on {summary['clean']['total']} pictures, certified error on all " \
@@ -39,7 +34,7 @@ def write(directory: Path, config: Config) -> Path:
     read = {recipe: records.read(directory / "records", recipe) for recipe in RECIPES}
     found = {recipe: pair for recipe, pair in read.items() if pair is not None}
     summaries = {recipe: record for recipe, (record, _) in found.items()}
-    parts = (_heading(config), _table(config, summaries), _paired(config, found), _notes(config))
+    parts = (_heading(config), _table(config, summaries), _paired(found), _notes(config))
     text = "\n\n".join(part for part in parts if part)
     runs.publish(directory, text, summaries.values())
     if not runs.can_draw():
@@ -67,7 +62,7 @@ def _table(config: Config, found: Mapping[str, Mapping[str, Any]]) -> str:
     for recipe, record in found.items():
         summary, quoted = record["summary"], a5_paper.GLYPHS.get(recipe)
         rows.append([
-            title(config, recipe), report.cell(summary), "-" if quoted is None else "{:.2f} [{:.2f}]".format(*quoted),
+            RECIPES[recipe], report.cell(summary), "-" if quoted is None else "{:.2f} [{:.2f}]".format(*quoted),
             f"{report.percent(summary['clean_all'])} [{report.percent(summary['certified_all'])} "
             f"({100 * record['certified_all_by_ibp']:.2f})]",
             " + ".join(str(getattr(config, name).epochs) for name in _EPOCHS[recipe]),
@@ -78,14 +73,14 @@ def _table(config: Config, found: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _paired(config: Config, found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
+def _paired(found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
     header = ["", "compared with", "certified only here", "certified only there", "both", "neither"]
     rows = []
     for here, there in _PAIRS:
         if here in found and there in found:
             a, b = found[here][1].certified, found[there][1].certified
             counts = [(a & ~b).sum(), (~a & b).sum(), (a & b).sum(), (~a & ~b).sum()]
-            rows.append([title(config, here), title(config, there), *(str(count) for count in counts)])
+            rows.append([RECIPES[here], RECIPES[there], *(str(count) for count in counts)])
     return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}" if rows else ""
 
 
@@ -97,8 +92,8 @@ def _notes(config: Config) -> str:
         f"{config.cross_check} certified ones are attacked as well, and none was broken, or there would be no table. "
         "Certified by CROWN-IBP and IBP together, in parentheses by IBP alone.\n\n"
         "The paper's column is quoted as printed: its characters are Comic Sans at 128 x 128 pixels, its network is "
-        "larger, and its certified error is that of IBP."
-        + ("" if config.has_crown else " Its certified classifier is trained by CROWN-IBP, this one by IBP.")
+        "larger, and its certified error is that of IBP. It trains its certified classifier without loss fusion."
+        + ("" if config.has_crown else " A5/PC and A5/PRC are trained by intervals alone, without CROWN-IBP.")
         + ("" if config.preset == "paper" else " Nothing here is a reproduction of it; the ordering is what compares.")
     )
 
@@ -111,6 +106,6 @@ def _draw(directory: Path, config: Config, recipe: str) -> None:
         directory / f"{recipe}.png", {
             "robustified": 1.0 - defended, "prototype": 1.0 - original,
             "difference": 0.5 - 0.5 * (defended - original) / config.eps_defense, "photographed": picture,
-        }, heading=f"{title(config, recipe)}: ink on paper; differences from -{config.eps_defense:g} to "
+        }, heading=f"{RECIPES[recipe]}: ink on paper; differences from -{config.eps_defense:g} to "
         f"{config.eps_defense:g}, dark where ink is added",
     )

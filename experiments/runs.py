@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,30 @@ def publish(directory: Path, text: str, found: Iterable[Mapping[str, Any]]) -> N
     print(text)
     minutes = sum(record["seconds_total"] for record in found) / 60
     print(f"\nTable: {directory / 'table.md'}\n{minutes:.0f} minutes in all", flush=True)
+
+
+def stopwatch(path: Path) -> Callable[[object], None]:
+    """Starts to time a stage that may be interrupted; for `fit(on_log=...)`.
+
+    Args:
+        path: a file with the seconds that the stage has taken, those of earlier runs included.
+
+    Returns:
+        A function that brings the file up to date, whatever it is called with.
+    """
+    before, start = seconds(path), time.monotonic()
+
+    def note(row: object) -> None:
+        del row
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(path, f"{before + time.monotonic() - start:.1f}")
+
+    return note
+
+
+def seconds(path: Path) -> float:
+    """Reads what a `stopwatch` noted; 0 if it never did."""
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def can_draw() -> bool:

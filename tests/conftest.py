@@ -1,6 +1,7 @@
 """Strict settings for every test: 8 virtual devices, no silent broadcasting or promotion, a persistent cache."""
 
 import gc
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -29,14 +30,25 @@ _SLOW = frozenset((_ROOT / "tests" / "slow.txt").read_text().splitlines())
 def pytest_collection_modifyitems(config, items):
     """Puts slow tests last, and leaves them out unless RDX_SLOW=1 or a marker expression is given."""
     for item in items:
-        if item.nodeid.split("@")[0] in _SLOW:
+        if _name(item) in _SLOW:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=_is_slow)
+    items.sort(key=_place)
     if os.environ.get("RDX_SLOW") == "1" or config.getoption("-m"):
         return
     skip = pytest.mark.skip(reason="slow: set RDX_SLOW=1")
     for item in filter(_is_slow, items):
         item.add_marker(skip)
+
+
+def _name(item):
+    return item.nodeid.split("@")[0]
+
+
+def _place(item):
+    """Sorts slow tests last, their files by lot for each RDX_SLOW_SEED: no file is always beyond a limit of time."""
+    seed = os.environ.get("RDX_SLOW_SEED", "")
+    lot = hashlib.sha256((seed + item.path.name).encode()).hexdigest() if seed else ""
+    return (True, lot) if _is_slow(item) else (False, "")
 
 
 def pytest_runtest_setup(item):

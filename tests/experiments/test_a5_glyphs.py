@@ -95,6 +95,8 @@ def test_a_second_call_recomputes_nothing(finished, monkeypatch):
 @pytest.mark.slow
 def test_a_lost_record_is_made_again_from_its_checkpoints(finished, monkeypatch):
     text = (finished / "table.md").read_bytes()
+    seconds = [records.read(finished / "records", recipe)[0]["seconds_training"] for recipe in RECIPES]
+    assert min(seconds) > 0
     (finished / "records" / "p.json").unlink()
     steps = []
     fit = a5_glyphs.fit
@@ -108,6 +110,8 @@ def test_a_lost_record_is_made_again_from_its_checkpoints(finished, monkeypatch)
     a5_glyphs.main(a5_glyphs.Arguments(preset="smoke", out=str(finished), only="p"))
     assert steps == [0, 0]
     assert (finished / "table.md").read_bytes() == text
+    # A resumed run still knows what training took.
+    assert [records.read(finished / "records", recipe)[0]["seconds_training"] for recipe in RECIPES] == seconds
 
 
 @pytest.mark.slow
