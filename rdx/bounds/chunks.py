@@ -79,7 +79,7 @@ def two_sided(
 
             return optimise(value) if optimise else value(linear.as_given)
 
-        if optimise is None or chunks is WHOLE:
+        if chunks is WHOLE:
             # Two passes rather than one stacked: under jit, a side that nobody uses costs nothing.
             return Interval(total(1.0), -total(-1.0))
         lower, upper = lax.map(total, jnp.array([1.0, -1.0], reference.dtype))  # compiles in half the time

@@ -242,4 +242,6 @@ def _gap(slopes: Sequence[Array], bias: Array, values: Sequence[Array]) -> Array
 
 
 def _sum(rows: Array) -> Array:
-    return rows.reshape(rows.shape[0], -1).sum(axis=1)
+    flat = rows.reshape(rows.shape[0], -1)
+    # On CPUs in half the time of a sum, of which XLA makes two passes.
+    return flat @ jnp.ones(flat.shape[1], flat.dtype)

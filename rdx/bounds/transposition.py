@@ -9,18 +9,30 @@ speed, and the derivative of that with respect to the kernel slower still. So a 
 phases, which one ordinary convolution computes as channels (the sub-pixel convolution of Shi et al. 2016,
 arXiv:1609.05158), and both derivatives are written as what they are for a bilinear map: `dT/dA` is the convolution
 itself, `dT/dW` its weight gradient.
+
+That convolution multiplies zeros around the rows, and some inside of its kernel. On a window of few places these are
+most of it, and towards an image of few channels its product is too narrow to be fast. There one product gives what
+every place adds through every tap, and these parts are added up where they overlap.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
 from rdx.bounds.graph import Node, Op
 from rdx.compilation import materialised
 from rdx.types import Array
+
+# Measured on CPUs: to fewer channels a convolution is slower than adding up taps; adding up a number that lies in a
+# cache takes as long as so many products; and so many bytes do.
+_NARROW = 16
+_ADDING = 32
+_CACHE_BYTES = 2**24
 
 
 def transpose(op: Op, rows: Array, *, are_own: bool) -> Array | None:
@@ -100,16 +112,14 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
         (coefficients,) = jax.vjp(lambda x: convolve(x, kernel), zeros)[1](rows)
         return coefficients
 
-    def by_phases(rows: Array, kernel: Array) -> Array:
-        if rows[0, ..., 0].size == 1 and kernel.shape[:-2] == node_shape[1:-1] and not any(map(any, params["padding"])):
-            # One window, which is the whole image: a row gives each kernel its weight.
-            image = rows.reshape(len(rows), -1) @ kernel.reshape(-1, kernel.shape[-1]).T
-            return image.reshape(len(rows), *node_shape[1:])
-        return _by_phases(rows, kernel, params["window_strides"], params["padding"], node_shape[1:-1])
+    def substitute(rows: Array, kernel: Array) -> Array:
+        if not is_plain:
+            return by_differentiation(rows, kernel)
+        method = _by_taps if _is_mostly_zeros(rows, kernel, params["window_strides"]) else _by_phases
+        return method(rows, kernel, params["window_strides"], params["padding"], node_shape[1:-1])
 
-    is_plain = params["feature_group_count"] == 1
-    is_dense = all(d == 1 for d in (*params["lhs_dilation"], *params["rhs_dilation"]))
-    substitute = by_phases if is_plain and is_dense else by_differentiation
+    dilations = (*params["lhs_dilation"], *params["rhs_dilation"])
+    is_plain = params["feature_group_count"] == 1 and all(dilation == 1 for dilation in dilations)
 
     @jax.custom_vjp
     def transposed(rows: Array, kernel: Array) -> Array:
@@ -132,6 +142,38 @@ def _transposed_convolution(op: Op, node_shape: tuple[int, ...]) -> Callable[[Ar
 def _layout(rank: int) -> tuple[str, str, str]:
     space = "xyzuvw"[:rank]
     return f"N{space}C", f"{space}IO", f"N{space}C"
+
+
+def _is_mostly_zeros(rows: Array, kernel: Array, strides: tuple[int, ...]) -> bool:
+    """Tells whether adding up taps takes less time than a convolution, which multiplies zeros as well."""
+    taps = [-(-extent // stride) for extent, stride in zip(kernel.shape, strides, strict=False)]
+    extents, (channels_in, channels_out) = rows.shape[1:-1], kernel.shape[-2:]
+    multiplied = [(e + m - 1) * m * s for e, m, s in zip(extents, taps, strides, strict=True)]
+    needed = math.prod(extents) * math.prod(kernel.shape[:-2])
+    is_narrow = channels_in * math.prod(strides) < _NARROW or math.prod(extents) == 1
+    is_cached = rows.shape[0] * needed * channels_in * rows.dtype.itemsize <= _CACHE_BYTES
+    return is_narrow or (is_cached and math.prod(multiplied) > needed * (1 + _ADDING / channels_out))
+
+
+def _by_taps(
+    rows: Array, kernel: Array, strides: tuple[int, ...], padding: tuple[tuple[int, int], ...], space: tuple[int, ...]
+) -> Array:
+    """Transposes a convolution: through tap `t`, output `o` adds to the input at `s o + t - low`."""
+    extents, taps = rows.shape[1:-1], kernel.shape[:-1]
+    matrix = jnp.moveaxis(kernel, -1, 0).reshape(kernel.shape[-1], -1)
+    parts = (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(len(rows), *extents, *taps)
+    lows, zero = [low for low, _ in padding], jnp.zeros((), rows.dtype)
+    if math.prod(extents) == 1:  # nothing overlaps
+        crop = [(-low, low + size - tap, 0) for low, size, tap in zip(lows, space, taps, strict=False)]
+        return lax.pad(parts.reshape(len(rows), *taps), zero, [(0, 0, 0), *crop, (0, 0, 0)])
+    image = jnp.zeros((len(rows), *space, kernel.shape[-2]), rows.dtype)
+    for tap in np.ndindex(*taps[:-1]):
+        places = [
+            (t - low, size - (t - low) - (extent - 1) * stride - 1, stride - 1)
+            for t, low, size, extent, stride in zip(tap, lows, space, extents, strides, strict=True)
+        ]
+        image = image + lax.pad(parts[(..., *tap, slice(None))], zero, [(0, 0, 0), *places, (0, 0, 0)])
+    return materialised(image)
 
 
 def _by_phases(

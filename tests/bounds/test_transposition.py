@@ -128,9 +128,18 @@ def arrays(layer):
     return weights(2, *layer.shapes[1]), weights(2, 3, *shape, seed=1), weights(2, 3, *layer.shapes[0], seed=2)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_transpose_is_the_vector_jacobian_product(name):
+def is_plain(layer):
+    return isinstance(layer, Conv) and layer.groups == 1 and not (layer.lhs_dilation or layer.rhs_dilation)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_taps"),
+    [(name, choice) for name, layer in CASES.items() for choice in ((True, False) if is_plain(layer) else (None,))],
+)
+def test_transpose_is_the_vector_jacobian_product(name, by_taps, monkeypatch):
     layer = CASES[name]
+    if by_taps is not None:
+        monkeypatch.setattr(transposition, "_is_mostly_zeros", lambda *_: by_taps)
 
     def values_and_gradients(fn, axes, rows, kernels, cotangent):
         if axes is None:
@@ -152,6 +161,20 @@ def test_transpose_is_the_vector_jacobian_product(name):
     for mine, reference in everything(rows, kernels, cotangent):
         for value, expected in zip(mine, reference, strict=True):
             np.testing.assert_allclose(value, expected, rtol=0.0, atol=1e-5 * (1.0 + float(jnp.abs(expected).max())))
+
+
+@pytest.mark.parametrize(("shape", "kernel", "stride", "by_taps"), [
+    ((72, 16, 16, 128), (3, 3, 128, 128), 1, False),  # a whole image
+    ((72, 16, 16, 128), (3, 3, 64, 128), 2, False),  # many zeros, but too much to add up out of the cache
+    ((64, 3, 3, 128), (3, 3, 128, 128), 1, True),  # a window of few places
+    ((64, 5, 5, 128), (3, 3, 64, 128), 2, True),  # and with stride
+    ((64, 11, 11, 64), (3, 3, 64, 64), 1, False),  # a large window
+    ((64, 4, 4, 32), (4, 4, 16, 32), 2, False),  # few products for each number to add up
+    ((72, 32, 32, 64), (3, 3, 3, 64), 1, True),  # an image of few channels
+])
+def test_taps_are_added_up_where_that_is_fast(shape, kernel, stride, by_taps):
+    rows, kernel = (jax.ShapeDtypeStruct(which, jnp.float32) for which in (shape, kernel))
+    assert transposition._is_mostly_zeros(rows, kernel, (stride, stride)) == by_taps
 
 
 @pytest.mark.parametrize("are_own", [False, True])
