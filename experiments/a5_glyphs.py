@@ -117,7 +117,8 @@ def _prepare(arguments: Arguments) -> Run:
 def _fill(run: Run, recipe: str) -> None:
     """Trains what the row needs, takes the pictures, evaluates them and writes the record."""
     print(recipe, flush=True)
-    settings, params, start = run.config, _TRAINED[recipe](run), time.monotonic()
+    settings, params = run.config, _TRAINED[recipe](run)
+    start = time.monotonic()
     logits_fn, ball = run.classifier.logits_fn(params["classifier"], {}), Ball("linf", settings.eps_attack)
     shown, x = _photographs(run, settings.num_test), _pictures(run, params)
     attack_set = _attacks(settings)

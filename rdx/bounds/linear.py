@@ -243,5 +243,5 @@ def _gap(slopes: Sequence[Array], bias: Array, values: Sequence[Array]) -> Array
 
 def _sum(rows: Array) -> Array:
     flat = rows.reshape(rows.shape[0], -1)
-    # On CPUs in half the time of a sum, of which XLA makes two passes.
-    return flat @ jnp.ones(flat.shape[1], flat.dtype)
+    # On CPUs in half the time of a sum, of which XLA makes two passes; and as precise everywhere.
+    return jnp.matmul(flat, jnp.ones(flat.shape[1], flat.dtype), precision=lax.Precision.HIGHEST)

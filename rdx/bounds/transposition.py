@@ -150,9 +150,14 @@ def _is_mostly_zeros(rows: Array, kernel: Array, strides: tuple[int, ...]) -> bo
     extents, (channels_in, channels_out) = rows.shape[1:-1], kernel.shape[-2:]
     multiplied = [(e + m - 1) * m * s for e, m, s in zip(extents, taps, strides, strict=True)]
     needed = math.prod(extents) * math.prod(kernel.shape[:-2])
-    is_narrow = channels_in * math.prod(strides) < _NARROW or math.prod(extents) == 1
-    is_cached = rows.shape[0] * needed * channels_in * rows.dtype.itemsize <= _CACHE_BYTES
-    return is_narrow or (is_cached and math.prod(multiplied) > needed * (1 + _ADDING / channels_out))
+    if math.prod(extents) == 1:  # nothing overlaps
+        return True
+    num_parts = rows.shape[0] * needed * channels_in
+    is_narrow = channels_in * math.prod(strides) < _NARROW
+    is_wasteful = math.prod(multiplied) > needed * (1 + _ADDING / channels_out)
+    is_cached = num_parts * rows.dtype.itemsize <= _CACHE_BYTES
+    # What is not cached may still not need much more memory than the rows do.
+    return (is_cached and (is_narrow or is_wasteful)) or (is_narrow and num_parts <= math.prod(rows.shape))
 
 
 def _by_taps(
@@ -163,7 +168,7 @@ def _by_taps(
     matrix = jnp.moveaxis(kernel, -1, 0).reshape(kernel.shape[-1], -1)
     parts = (rows.reshape(-1, rows.shape[-1]) @ matrix).reshape(len(rows), *extents, *taps)
     lows, zero = [low for low, _ in padding], jnp.zeros((), rows.dtype)
-    if math.prod(extents) == 1:  # nothing overlaps
+    if math.prod(extents) == 1:
         crop = [(-low, low + size - tap, 0) for low, size, tap in zip(lows, space, taps, strict=False)]
         return lax.pad(parts.reshape(len(rows), *taps), zero, [(0, 0, 0), *crop, (0, 0, 0)])
     image = jnp.zeros((len(rows), *space, kernel.shape[-2]), rows.dtype)

@@ -171,6 +171,9 @@ def test_transpose_is_the_vector_jacobian_product(name, by_taps, monkeypatch):
     ((64, 11, 11, 64), (3, 3, 64, 64), 1, False),  # a large window
     ((64, 4, 4, 32), (4, 4, 16, 32), 2, False),  # few products for each number to add up
     ((72, 32, 32, 64), (3, 3, 3, 64), 1, True),  # an image of few channels
+    ((128, 32, 32, 64), (3, 3, 3, 64), 1, True),  # out of the cache, yet smaller than the rows
+    ((128, 32, 32, 16), (5, 5, 3, 16), 1, False),  # and many times as large
+    ((4096, 1, 1, 128), (3, 3, 128, 128), 1, True),  # single places: nothing is added up
 ])
 def test_taps_are_added_up_where_that_is_fast(shape, kernel, stride, by_taps):
     rows, kernel = (jax.ShapeDtypeStruct(which, jnp.float32) for which in (shape, kernel))
