@@ -47,7 +47,7 @@ CASES = [
     Case("mlp", "CROWN", 16),
     Case("dm-large", "CROWN", 1),
     Case("conv", "alpha-CROWN", 4, 5),
-    Case("mlp", "alpha-CROWN", 16, 12),
+    Case("mlp", "alpha-CROWN", 16, 7),
 ]
 
 
