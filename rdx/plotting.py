@@ -117,9 +117,9 @@ def curves(
             axis.vlines(xs, lows, highs, color=colour, linewidth=1.0, alpha=0.6)
     if baseline is not None:
         axis.axhline(baseline[1], color=_MUTED, linestyle="--", linewidth=1.2, label=baseline[0])
-    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set(xlabel=x_label, ylabel=y_label, xticks=sorted({float(x) for xs, _ in series.values() for x in xs}))
     axis.set_ylim(bottom=0.0)
-    axis.set_title(heading, fontsize=10, color=_INK)
+    figure.suptitle(heading, fontsize=10, color=_INK, wrap=True)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
