@@ -13,8 +13,8 @@ is interrupted continues with the same command and ends with the same table. On 
 run together as one program, on CPUs one after another; `--together N` says how many, and memory how many at most.
 
 Obtained (experiments/results/a5_tables), certified error on digits at eps_A = eps_A^C = 0.1 and eps_D = 0.1, 0.2, 0.3:
-base 23.06 %, A5/O 9.72, 3.33 and 1.39, A5/R 19.17, 15.00 and 13.33, A5/RC 11.94, 9.72 and 8.06. MNIST `cpu` (174 minutes
-by its own clock, beside other work), eps_D = 0.1 and 0.3, in parentheses the paper with its larger nets:
+base 23.06 %, A5/O 9.72, 3.33 and 1.39, A5/R 19.17, 15.00 and 13.33, A5/RC 11.94, 9.72 and 8.06. MNIST `cpu`, 174
+minutes beside other work, eps_D = 0.1 and 0.3, in parentheses the paper with its larger nets:
 
     eps_A = eps_A^C = 0.1:   base  6.95 (5.41)  A5/O  4.70, 2.00 (1.92, 0.70)   A5/R  5.43, 4.43 (2.54, 1.54)
                                                 A5/RC 5.42, 3.92 (1.40, 1.02)
