@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
+from rdx import compilation
+
 T = TypeVar("T")
 
 
@@ -12,11 +14,12 @@ def parse(kind: type[T]) -> T:
     """Parses `sys.argv` into a dataclass whose fields are text and have defaults.
 
     With `tyro` installed it prints help and names mistakes; without it, as on some accelerator machines, `--name value`
-    pairs are understood.
+    pairs are understood. It is the first thing that a program does, so it also has the process keep its memory.
 
     Raises:
         SystemExit: on an unknown option.
     """
+    compilation.keep_memory()
     try:
         import tyro
     except ImportError:

@@ -1,6 +1,8 @@
 """How functions meet the compiler: parameters as arguments, and options that make bounds fast on CPUs."""
 
+import ctypes
 import functools
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,3 +62,23 @@ def cpu_options() -> dict[str, bool | str]:
     except Exception:  # noqa: BLE001 - an unknown option is reported by exceptions of several kinds
         return {}
     return dict(_OPTIONS)
+
+
+# From glibc's malloc.h: M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, of which -1 is the largest.
+_KEEPING = {-8: 1, -4: 0, -1: -1}
+
+
+def keep_memory() -> bool:
+    """Has the C library keep the memory of arrays for the arrays to come, instead of giving it back to the system.
+
+    glibc gives every large array back when it is freed, and the system clears its pages again for the next one: tens of
+    thousands of page faults in each step of certified training on a CPU. The process then stays as large as it once
+    was. That is for a program to decide, at its beginning, before anything computes: no function here does.
+
+    Returns:
+        Whether the C library was told; False where it is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(parameter, value) for parameter, value in _KEEPING.items())

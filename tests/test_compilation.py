@@ -1,5 +1,9 @@
 """What the compiler makes of functions with `rdx.compilation`."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,3 +33,27 @@ def test_options_keep_materialised_arrays_from_fusion():
 
     compiled = jax.jit(total, compiler_options=compilation.cpu_options()).lower(jnp.ones((300, 200))).compile()
     assert "opt-barrier" in compiled.as_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
+def test_memory_is_kept():
+    program = """
+import resource, threading
+from rdx import compilation
+assert compilation.keep_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def fill():
+    size, start = 2**26, faults()
+    for _ in range(8):
+        b"x" * size
+    print((faults() - start) * resource.getpagesize() / size)
+for _ in range(2):
+    thread = threading.Thread(target=fill)
+    thread.start()
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = (float(line) for line in done.stdout.split())  # 8 each, if every array took new pages
+    assert first < 2.0
+    assert second < 1.0
