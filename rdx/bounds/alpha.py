@@ -28,8 +28,8 @@ from rdx.bounds.linear import SlopeChoice
 from rdx.bounds.patches import Rows
 from rdx.types import Array, PyTree
 
-# Steps fall to this part in the end, and remember fewer steps before them than Adam's usual 0.9 has them: slopes lie in
-# [0, 1] and take few steps. Half as many reach the bounds that the authors' settings reach.
+# Steps fall to this part of the first in the end, and Adam remembers less than with its usual 0.9: slopes lie in [0, 1]
+# and are moved a few times only.
 _LAST, _MOMENTUM = 0.1, 0.5
 # Slopes, the best ones, Adam's two moments and a gradient, beside what substitution holds.
 _SHARE_OF_MEMORY = 0.25
