@@ -5,6 +5,9 @@
 White-box attacks and AutoAttack do the same work on all sides, and nothing is timed unless the logits agree and ours is
 as strong. Attacks by queries run where nobody falls, and their time is given for 1,000 queries of one image, because no
 two of them spend the same number. The ratio is against the faster peer; below 1 means that rdx is faster.
+
+The share of the net is the limit that the net sets: the forward passes and gradients that the attack counts, at the
+speed that they have on their own in arrays of as many images, over the attack's time. Near 1 only the net is left.
 """
 
 # ruff: noqa: TID251
@@ -20,6 +23,8 @@ LOGITS_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 0.01
 # Share of the images in which AutoAttack may differ: one of 256 and a little.
 SUCCESS_TOLERANCE = 0.005
+# Passes of the net that are timed together in a turn.
+NUM_PASSES = 20
 
 
 class Case(NamedTuple):
@@ -116,6 +121,25 @@ def theirs(request, arrays):
     return run
 
 
+def passes(logits_fn, x, labels):
+    """Builds functions that give the seconds of a forward pass and of a gradient, of the net alone."""
+    import jax
+
+    from rdx import compilation, losses
+
+    def loss(x, logits_fn, labels):
+        return losses.cross_entropy(logits_fn(x), labels).sum()
+
+    options = compilation.cpu_options()
+    forward = jax.jit(lambda x, logits_fn, labels: logits_fn(x), compiler_options=options)
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+
+    def timed(run):
+        return lambda: sum(_bench.seconds(lambda: run(x, logits_fn, labels)) for _ in range(NUM_PASSES)) / NUM_PASSES
+
+    return {"forward": timed(forward), "gradient": timed(gradient)}
+
+
 def measure(peer, name, case, net, arguments):
     """Checks that all sides do the same work on one net and times them."""
     import jax
@@ -124,6 +148,7 @@ def measure(peer, name, case, net, arguments):
     from jax.tree_util import Partial
 
     from rdx import balls, losses
+    from rdx.attacks import driver
 
     x, _ = _bench.images(case.batch or arguments.batch)
     logits_fn = Partial(net.logits, jax.tree.map(jnp.asarray, net.init()))
@@ -162,13 +187,18 @@ def measure(peer, name, case, net, arguments):
         if not reached["rdx"] >= best - allowed:
             sys.exit(f"Not timed: {case.compare} of {label} is {reached}, so the sides do different work.")
     runs = {tool: lambda tool=tool: peer.seconds(f"{label}, {tool}") for tool in case.tools}
-    taken, rounds = _bench.alternate({"rdx": lambda: _bench.seconds(run)} | runs, arguments.rounds)
-    per_unit = {tool: seconds / units[tool] for tool, seconds in taken.items()}
+    # Most of a cascade's time goes to those that stand to the end.
+    standing = driver.size_for(int((~found.success).sum())) if case.compare == "success" else len(x)
+    net_runs = passes(logits_fn, given[1][:standing], given[2][:standing])
+    taken, rounds = _bench.alternate({"rdx": lambda: _bench.seconds(run)} | net_runs | runs, arguments.rounds)
+    alone = sum(float(getattr(found, f"{name}s").sum()) / standing * taken[name] for name in net_runs)
+    per_unit = {tool: taken[tool] / units[tool] for tool in units}
     return {
         "case": label,
         "unit": "1,000 queries" if case.compare == "queries" else f"{len(x)} images",
         **{f"{tool} ms": 1e3 * per_unit[tool] if tool in per_unit else "" for tool in ("rdx", *TOOLS)},
         "ratio": per_unit["rdx"] / min(per_unit[tool] for tool in case.tools),
+        "share of the net": alone / taken["rdx"],
         "our compile s": first - taken["rdx"],
         "rounds x calls": rounds,
         "compared": ", ".join(f"{tool} {value:.4g}" for tool, value in reached.items()) or "queries of images",

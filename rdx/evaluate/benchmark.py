@@ -49,6 +49,7 @@ class Evaluation:
         gradients: gradients spent by all attacks.
         counted: whether the example belongs to the subset on which all three errors are counted.
         broken_by: index into the attacks, -1 where the example is wrong already or stands.
+        certified_by: index into the methods, -1 where the example is not certified; None in records older than this.
         diagnosis: whether the attacked error can be trusted, from `diagnostics.diagnose`; None where nobody asked.
     """
 
@@ -65,6 +66,7 @@ class Evaluation:
     gradients: np.ndarray
     counted: np.ndarray
     broken_by: np.ndarray
+    certified_by: np.ndarray | None = None
     diagnosis: Mapping[str, Any] | None = None
 
 
@@ -119,7 +121,8 @@ def evaluate(
     if (saved := store.load()) is None:
         certificates = _certify(logits_fn, x, label, ball, methods, batch_size, report)
         saved = _Progress(*certificates, _nothing_found(len(label)), np.array([0, 0]))
-    prediction, certified, margin_lower = saved[:3]
+    prediction, certified_by, margin_lower = saved[:3]
+    certified = certified_by >= 0
     counted = np.arange(len(label)) < (len(label) if num_attacked is None else num_attacked)
     is_correct = prediction == label
     checked = counted & certified & (np.cumsum(counted & certified) <= cross_check)
@@ -138,7 +141,8 @@ def evaluate(
         report("diagnose", 1, 1)
     store.clear()
     result = Evaluation(
-        index=index, label=label, prediction=prediction, certified=certified, margin_lower=margin_lower,
+        index=index, label=label, prediction=prediction, certified=certified, certified_by=certified_by,
+        margin_lower=margin_lower,
         attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted, diagnosis=diagnosis,
         adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
     )
@@ -176,9 +180,9 @@ def _certify(
         for taken, filled in shared.walk(rows, batch_size)
     ]
     prediction = np.concatenate(predicted)
-    certified, margin_lower = np.zeros(len(labels), bool), np.full(len(labels), np.nan, np.float32)
-    for method in methods:
-        done = 0
+    certified_by, margin_lower = np.full(len(labels), -1), np.full(len(labels), np.nan, np.float32)
+    for number, method in enumerate(methods):
+        done, certified = 0, np.zeros(len(labels), bool)
         for taken, filled in shared.walk(rows, batch_size):
             found = _compiled_certify(logits_fn, x[filled], labels[filled], ball=ball, method=method)
             certified[taken] = np.asarray(found.certified)[: len(taken)]
@@ -186,10 +190,11 @@ def _certify(
             margin_lower[taken] = np.fmax(margin_lower[taken], margins_lower)
             done += len(taken)
             report("certify", done, len(rows))
-        proposed = rows[certified[rows]]
-        certified[proposed] = _confirm(logits_fn, x, labels, ball, method, proposed, batch_size, report)
-        rows = np.flatnonzero(~certified & (prediction == labels))
-    return prediction, certified, margin_lower
+        proposed = np.flatnonzero(certified)
+        is_confirmed = _confirm(logits_fn, x, labels, ball, method, proposed, batch_size, report)
+        certified_by[proposed[is_confirmed]] = number
+        rows = np.flatnonzero((certified_by < 0) & (prediction == labels))
+    return prediction, certified_by, margin_lower
 
 
 def _confirm(
@@ -240,7 +245,7 @@ class _Progress(NamedTuple):
     """What an evaluation has done: certificates, what attacks found, and the attack and example that come next."""
 
     prediction: np.ndarray
-    certified: np.ndarray
+    certified_by: np.ndarray
     margin_lower: np.ndarray
     found: dict[str, np.ndarray]
     place: np.ndarray

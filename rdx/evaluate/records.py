@@ -77,8 +77,8 @@ def write(directory: str | os.PathLike[str], name: str, record: Mapping[str, Any
         record: configuration, data fingerprint, seed, wall time and the like; dataclasses are resolved.
         result: the evaluation.
     """
-    arrays = dataclasses.asdict(result)
-    write_arrays(directory, name, {**record, "diagnosis": arrays.pop("diagnosis")}, arrays)
+    arrays = {field: value for field, value in dataclasses.asdict(result).items() if value is not None}
+    write_arrays(directory, name, {**record, "diagnosis": arrays.pop("diagnosis", None)}, arrays)
 
 
 def read(directory: str | os.PathLike[str], name: str) -> tuple[dict[str, Any], Evaluation] | None:

@@ -102,6 +102,7 @@ def test_methods_take_turns_with_what_is_open():
     found = _run(attack_set={}, method=(bounds.ibp, bounds.crown), on_progress=lambda *row: stages.append(row))
     assert 0 < weak.certified.sum() < strong.certified.sum() < N
     np.testing.assert_array_equal(found.certified, strong.certified)
+    np.testing.assert_array_equal(found.certified_by, np.where(weak.certified, 0, np.where(strong.certified, 1, -1)))
     is_open = ~weak.certified & (weak.prediction == weak.label)
     assert ("certify", is_open.sum(), is_open.sum()) in stages
     wanted = np.where(is_open, strong.margin_lower, weak.margin_lower)

@@ -34,8 +34,16 @@ def _result(num=8, **changes):
         "distance": np.full(8, 0.1, np.float32), "forwards": np.array([0, 5, 5, 9, 9, 0, 0, 0]),
         "gradients": np.array([0, 4, 8, 8, 8, 0, 0, 0]), "counted": np.arange(8) < 6,
         "broken_by": np.array([-1, 0, 1, -1, -1, -1, -1, -1]),
+        "certified_by": np.array([-1, -1, -1, -1, 0, 1, -1, 0]),
     }
     return Evaluation(**{name: np.asarray(value)[:num] for name, value in (fields | changes).items()})
+
+
+def test_a_record_from_before_methods_were_told_apart_is_read(tmp_path):
+    records.write(tmp_path, "cell", _record(), dataclasses.replace(_result(), certified_by=None))
+    _, again = records.read(tmp_path, "cell")
+    assert again.certified_by is None
+    np.testing.assert_array_equal(again.certified, _result().certified)
 
 
 def _record(**extra):
