@@ -49,7 +49,7 @@ class Evaluation:
         gradients: gradients spent by all attacks.
         counted: whether the example belongs to the subset on which all three errors are counted.
         broken_by: index into the attacks, -1 where the example is wrong already or stands.
-        certified_by: index into the methods, -1 where the example is not certified; None in records older than this.
+        certified_by: index into the methods, -1 where the example is not certified; None in records from before it was kept.
         diagnosis: whether the attacked error can be trusted, from `diagnostics.diagnose`; None where nobody asked.
     """
 
@@ -142,8 +142,8 @@ def evaluate(
     store.clear()
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, certified_by=certified_by,
-        margin_lower=margin_lower,
-        attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted, diagnosis=diagnosis,
+        margin_lower=margin_lower, attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
+        diagnosis=diagnosis,
         adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
     )
     check(result)
