@@ -49,7 +49,7 @@ class Evaluation:
         gradients: gradients spent by all attacks.
         counted: whether the example belongs to the subset on which all three errors are counted.
         broken_by: index into the attacks, -1 where the example is wrong already or stands.
-        certified_by: index into the methods, -1 where the example is not certified; None in records from before it was kept.
+        certified_by: index into the methods, -1 where it is not certified; None in records from before this was kept.
         diagnosis: whether the attacked error can be trusted, from `diagnostics.diagnose`; None where nobody asked.
     """
 
