@@ -39,27 +39,35 @@ def load(path: str | Path, fingerprint: str, like: PyTree) -> PyTree:
     Args:
         path: the file.
         fingerprint: of the run that wants to go on.
-        like: a tree of the saved one's structure, whose leaves tell which are keys.
+        like: a tree of the structure that was saved, whose leaves tell which are keys, and of what kind the others are.
 
     Returns:
         The tree.
 
     Raises:
-        ValueError: if another run wrote the file.
+        ValueError: if another run wrote the file, or a version of rdx that kept something else in its place.
     """
+    leaves, structure = jax.tree.flatten(like)
     with np.load(path) as saved:
         if str(saved["fingerprint"]) != fingerprint:
             raise ValueError(f"{path} belongs to a run with other inputs or settings: delete it or name another file.")
-        leaves, structure = jax.tree.flatten(like)
-        return structure.unflatten(_revived(saved[f"leaf{i}"], leaf) for i, leaf in enumerate(leaves))
+        found = [saved[f"leaf{i}"] for i in range(len(saved.files) - 1)]
+    # What was a flag may have become a place, where False would be read as the first.
+    kinds = ["u" if _is_key(leaf) else np.dtype(leaf.dtype).kind for leaf in leaves]
+    if kinds != [values.dtype.kind for values in found]:
+        raise ValueError(f"{path} was written by another version of rdx: delete it or name another file.")
+    return structure.unflatten(map(_revived, found, leaves))
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _plain(leaf: ArrayLike) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _revived(values: np.ndarray, like: Any) -> Array | np.ndarray:
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+    if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(values), impl=jax.random.key_impl(like))
     return values if isinstance(like, np.ndarray) else jnp.asarray(values)

@@ -143,8 +143,8 @@ def evaluate(
     result = Evaluation(
         index=index, label=label, prediction=prediction, certified=certified, certified_by=certified_by,
         margin_lower=margin_lower, attacked=attacked, broken=~is_correct | found.pop("success"), counted=counted,
-        diagnosis=diagnosis,
-        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction), **found,
+        adversarial_prediction=np.where(attacked, found.pop("adversarial_prediction"), prediction),
+        diagnosis=diagnosis, **found,
     )
     check(result)
     return result
@@ -260,8 +260,8 @@ class _Store:
     def load(self) -> _Progress | None:
         if self.path is None or not Path(self.path).exists():
             return None
-        none = np.zeros(0)
-        like = _Progress(none, none, none, _nothing_found(0), none)
+        places, margins = np.zeros(0, int), np.zeros(0, np.float32)
+        like = _Progress(places, places, margins, _nothing_found(0), places)
         return resumption.load(self.path, self.fingerprint, like)
 
     def save(self, progress: _Progress) -> None:

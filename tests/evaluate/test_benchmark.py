@@ -324,6 +324,13 @@ def test_the_checkpoint_of_another_evaluation_is_refused(tmp_path):
         _run(on_progress=kill, checkpoint=path)
     with pytest.raises(ValueError, match="delete it or name another file"):
         _run(checkpoint=path, ball=Ball("linf", 0.2))
+    # As once: whether, not by which method, an example is certified. Read as places all would be certified.
+    with np.load(path) as file:
+        leaves = dict(file)
+    leaves["leaf1"] = leaves["leaf1"] >= 0
+    np.savez(path, **leaves)
+    with pytest.raises(ValueError, match="another version"):
+        _run(checkpoint=path)
 
 
 def test_the_number_comes_with_a_diagnosis(tmp_path):
