@@ -39,13 +39,6 @@ def _result(num=8, **changes):
     return Evaluation(**{name: np.asarray(value)[:num] for name, value in (fields | changes).items()})
 
 
-def test_a_record_from_before_methods_were_told_apart_is_read(tmp_path):
-    records.write(tmp_path, "cell", _record(), dataclasses.replace(_result(), certified_by=None))
-    _, again = records.read(tmp_path, "cell")
-    assert again.certified_by is None
-    np.testing.assert_array_equal(again.certified, _result().certified)
-
-
 def _record(**extra):
     return {"config": _Settings(), "seed": 3, "data": {"fingerprint": "abc"}, "seconds_total": 1.5, **extra}
 
@@ -87,6 +80,13 @@ def test_what_is_written_is_read(tmp_path):
     assert (record["seed"], record["data"], record["seconds_total"]) == (3, {"fingerprint": "abc"}, 1.5)
     assert record["summary"]["attacked"]["count"] == 3
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"cell.json", "cell.npz"}
+
+
+def test_a_record_from_before_methods_were_told_apart_is_read(tmp_path):
+    records.write(tmp_path, "cell", _record(), dataclasses.replace(_result(), certified_by=None))
+    _, again = records.read(tmp_path, "cell")
+    assert again.certified_by is None
+    np.testing.assert_array_equal(again.certified, _result().certified)
 
 
 def test_the_environment_is_recorded(tmp_path):
