@@ -12,7 +12,7 @@ itself, `dT/dW` its weight gradient.
 
 That convolution multiplies zeros around the rows, and some inside of its kernel. On a window of few places these are
 most of it, and towards an image of few channels its product is too narrow to be fast. There one product gives what
-every place adds through every tap, and these parts are added up where they overlap.
+every place adds through every tap, and these parts are added up where they overlap, axis by axis.
 """
 
 import math
@@ -20,7 +20,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -171,14 +170,21 @@ def _by_taps(
     if math.prod(extents) == 1:
         crop = [(-low, low + size - tap, 0) for low, size, tap in zip(lows, space, taps, strict=False)]
         return lax.pad(parts.reshape(len(rows), *taps), zero, [(0, 0, 0), *crop, (0, 0, 0)])
-    image = jnp.zeros((len(rows), *space, kernel.shape[-2]), rows.dtype)
-    for tap in np.ndindex(*taps[:-1]):
-        places = [
-            (t - low, size - (t - low) - (extent - 1) * stride - 1, stride - 1)
-            for t, low, size, extent, stride in zip(tap, lows, space, extents, strides, strict=True)
-        ]
-        image = image + lax.pad(parts[(..., *tap, slice(None))], zero, [(0, 0, 0), *places, (0, 0, 0)])
-    return materialised(image)
+    for axis, (low, stride, size) in enumerate(zip(lows, strides, space, strict=True), start=1):
+        parts = _added_up(parts, axis, 1 + len(space), stride, low, size)
+    return parts
+
+
+def _added_up(parts: Array, axis: int, taps_axis: int, stride: int, low: int, size: int) -> Array:
+    """Adds up along one axis what its places make of every tap, which takes the taps' axis away."""
+    zero, reach = jnp.zeros((), parts.dtype), (parts.shape[axis] - 1) * stride + 1
+
+    def placed(tap: int) -> Array:
+        config = [(0, 0, 0)] * (parts.ndim - 1)
+        config[axis] = (tap - low, size - (tap - low) - reach, stride - 1)
+        return lax.pad(lax.index_in_dim(parts, tap, taps_axis, keepdims=False), zero, config)
+
+    return materialised(sum(map(placed, range(parts.shape[taps_axis])), zero))
 
 
 def _by_phases(
