@@ -17,14 +17,13 @@ methods' own hyper-parameters on a part of the training images and shows the sum
 held-out ones, in `<dataset>-<preset>-tune/`. The test set is never chosen by. The presets' weights are of the size that
 the papers give for MNIST; none was tuned yet.
 
-On MNIST at radius 0.1 (`cpu`, one seed, committed), natural and certified accuracy of all test images, as the records
-have both (the table has natural of the first 1,000): IBP 97.92 and 94.23, CROWN-IBP 98.17 and 94.78, with loss fusion
-97.82 and 93.88, Fast-IBP 98.06 and 95.71, SABR 98.67 and 95.53, TAPS 98.66 and 95.03, STAPS 98.82 and 94.00, MTL-IBP
-98.91 and 95.37, CC-IBP 98.93 and 94.76, Exp-IBP 99.25 and 71.12, the convex outer polytope, on a small dense net, 96.10
-and 82.99, linf-distance nets 95.43 and 93.49. SABR, TAPS, STAPS and the expressive losses gain 0.6 to 1.2 points
-natural on Fast-IBP, whose net and start they share, as in the papers, but nothing certified, which they do there: their
-weights are not tuned (that of Exp-IBP leaves intervals nothing: 95.0 % of 1,000 images stand every attack), and no
-verifier beyond CROWN looks at what is open.
+On MNIST at radius 0.1 (`cpu`, one seed, committed), natural and certified accuracy of all test images: IBP 97.92 and
+94.23, CROWN-IBP 98.17 and 94.78, with loss fusion 97.82 and 93.88, Fast-IBP 98.06 and 95.71, SABR 98.67 and 95.53, TAPS
+98.66 and 95.03, STAPS 98.82 and 94.00, MTL-IBP 98.91 and 95.37, CC-IBP 98.93 and 94.76, Exp-IBP 99.25 and 71.12, the
+convex outer polytope, on a small dense net, 96.10 and 82.99, linf-distance nets 95.43 and 93.49. SABR, TAPS, STAPS and
+the expressive losses gain 0.6 to 1.2 points natural on Fast-IBP, whose net and start they share, as in the papers, but
+nothing certified, which they do there: their weights are not tuned (that of Exp-IBP leaves intervals nothing: 95.0 % of
+1,000 images stand every attack), and no verifier beyond CROWN looks at what is open.
 
 Certified is what intervals, CROWN-IBP or CROWN prove, each asked about what the ones before left open, confirmed in
 float64; for linf-distance nets, what intervals prove, which there is the Lipschitz bound. The record says how much

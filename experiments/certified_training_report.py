@@ -45,7 +45,7 @@ def write(directory: Path, config: Config) -> Path:
     """Writes `table.md` from the records that exist; returns the directory."""
     read = {method: records.read(directory / "records", slug(method)) for method in config.methods}
     found = {method: pair for method, pair in read.items() if pair is not None}
-    text = "\n\n".join([_heading(config, found), _main(found), _paired(found), _references(found), _notes(config)])
+    text = "\n\n".join([_heading(config, found), _main(found, config), _paired(found), _references(found), _notes(config)])
     runs.publish(directory, text, (record for record, _ in found.values()))
     return directory
 
@@ -89,9 +89,10 @@ def _heading(config: Config, found: Mapping[Method, tuple[dict[str, Any], Evalua
     )
 
 
-def _main(found: Mapping[Method, tuple[dict[str, Any], Evaluation]]) -> str:
-    header = ["method", "weight", "network", "epochs", "natural", "attacked", "certified", "certified, all test images",
-              "by intervals alone", "more by CROWN-IBP", "more by CROWN"]
+def _main(found: Mapping[Method, tuple[dict[str, Any], Evaluation]], config: Config) -> str:
+    subset = [f"{name}, first {config.num_attacked}" for name in ("natural", "attacked", "certified")]
+    header = ["method", "weight", "network", "epochs", "natural", "certified", "by intervals alone",
+              "more by CROWN-IBP", "more by CROWN", *subset]
     rows = []
     for method, (record, _) in found.items():
         summary, settings = record["summary"], record["config"]
@@ -99,8 +100,8 @@ def _main(found: Mapping[Method, tuple[dict[str, Any], Evaluation]]) -> str:
         name = f"{method.name} (collapsed)" if report.is_collapsed(summary) else method.name
         rows.append([
             name, "-" if method.weight is None else f"{method.weight:g}", _network(record, method),
-            _effort(method, settings), *(_accuracy(summary[key]) for key in ("clean", "attacked", "certified")),
-            _accuracy(summary["certified_all"]), *_by_verifier(record["certified_by"]),
+            _effort(method, settings), *_accuracies(summary, "clean_all", "certified_all"),
+            *_by_verifier(record["certified_by"]), *_accuracies(summary, "clean", "attacked", "certified"),
         ])
     return report.markdown(header, rows)
 
@@ -121,8 +122,8 @@ def _network(record: Mapping[str, Any], method: Method) -> str:
     return ("own" if method.net is not None else "conv") + ("" if is_plain else " + BatchNorm")
 
 
-def _accuracy(rate: Mapping[str, Any]) -> str:
-    return f"{100 * (1 - rate['value']):.2f}"
+def _accuracies(summary: Mapping[str, Any], *names: str) -> list[str]:
+    return [f"{100 * (1 - summary[name]['value']):.2f}" for name in names]
 
 
 def _paired(found: Mapping[Method, tuple[dict[str, Any], Evaluation]]) -> str:
@@ -146,7 +147,8 @@ def _references(found: Mapping[Method, Any]) -> str:
 
 def _notes(config: Config) -> str:
     return (
-        f"Natural, attacked and certified are counted on the first {config.num_attacked} test images. Attacked: worst "
+        "Natural and certified accuracy are those of all test images; the last three columns count the first "
+        f"{config.num_attacked}. Attacked: worst "
         f"case per image of PGD ({config.num_steps} steps, 2 restarts) and APGD with cross entropy ({config.num_steps} "
         "steps) on every correct image that is not certified; "
         f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
