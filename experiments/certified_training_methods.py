@@ -10,7 +10,18 @@ import optax
 from experiments.certified_training_presets import Config, Method
 from rdx import attacks, data, models
 from rdx.balls import Ball
-from rdx.train import averaging, certified, convex_outer, expressive, fast_ibp, linf_distance, phased, sabr, taps
+from rdx.train import (
+    averaging,
+    certified,
+    convex_outer,
+    expressive,
+    fast_ibp,
+    linf_distance,
+    penalties,
+    phased,
+    sabr,
+    taps,
+)
 from rdx.train import schedules as ramps
 from rdx.train.loop import Phase, TrainState, init_state
 from rdx.types import Array, Key
@@ -18,6 +29,7 @@ from rdx.types import Array, Key
 # The radius is that of the ramp.
 _BALL = Ball("linf", 0.0)
 _WITHOUT_NORM = ("ibp", "crown_ibp", "fused", "convex_outer")
+_PENALISED = ("sabr", "taps", "staps", "mtl_ibp", "cc_ibp", "exp_ibp")
 
 
 def network(config: Config, method: Method) -> models.Forward:
@@ -63,7 +75,24 @@ def phases(config: Config, method: Method, weight: float | None, per_epoch: int)
         return certified.phases(forward, _BALL, eps=ramp)
     if method.kind == "fused":
         return certified.phases(forward, _BALL, eps=ramp, loss=certified.fused)
-    return phased.phases(forward, _losses(config)[method.kind](forward, weight, ramp), eps=ramp)
+    build = _builders(config, weight)
+    if method.kind in _PENALISED:
+        return _penalised(build, config, method, ramp)
+    return phased.phases(forward, build[method.kind](forward, _BALL, eps=ramp), eps=ramp)
+
+
+def _penalised(
+    build: dict[str, Callable[..., Any]], config: Config, method: Method, ramp: ramps.Ramp
+) -> Sequence[Phase]:
+    """Builds phases as their authors train: Fast-IBP's penalties while the radius rises, few weights throughout.
+
+    TAPS and STAPS begin once it has risen; until then there are intervals, for STAPS over small boxes.
+    """
+    forward, sparse = network(config, method), penalties.l1(config.l1)
+    early = {"taps": "fast_ibp", "staps": "sabr"}.get(method.kind, method.kind)
+    rising = build[early](forward, _BALL, eps=ramp, penalties=(penalties.of_bounds(), sparse))
+    final = build[method.kind](forward, _BALL, eps=ramp, penalties=(sparse,))
+    return phased.phases(forward, rising, eps=ramp, final=final)
 
 
 def optimizer(config: Config, method: Method, per_epoch: int) -> optax.GradientTransformation:
@@ -106,18 +135,18 @@ def pgd(num_steps: int) -> functools.partial:
     return functools.partial(attacks.pgd, num_steps=num_steps, loop=attacks.Loop(kind=kind))
 
 
-def _losses(config: Config) -> dict[str, Callable[[models.Forward, Any, ramps.Ramp], Any]]:
+def _builders(config: Config, weight: float | None) -> dict[str, Callable[..., Any]]:
+    """Binds the settings of the losses, of which all take `(forward, ball, *, eps)` and `_PENALISED` penalties too."""
     attack, latent = pgd(config.attack_steps), pgd(config.latent_steps)
+    bind = functools.partial
     return {
-        "ibp": lambda f, _, eps: certified.ibp(f, _BALL, eps=eps),
-        "fast_ibp": lambda f, _, eps: fast_ibp.fast_ibp(f, _BALL, eps=eps),
-        "sabr": lambda f, w, eps: sabr.sabr(f, _BALL, eps=eps, subselection=w, attack=attack),
-        "taps": lambda f, w, eps: taps.taps(
-            f, _BALL, eps=eps, cut=config.cut, gradient_scale=w, latent_attack=latent),
-        "staps": lambda f, w, eps: taps.staps(
-            f, _BALL, eps=eps, cut=config.cut, subselection=w, attack=attack, latent_attack=latent),
-        "mtl_ibp": lambda f, w, eps: expressive.mtl_ibp(f, _BALL, eps=eps, alpha=w, attack=attack),
-        "cc_ibp": lambda f, w, eps: expressive.cc_ibp(f, _BALL, eps=eps, alpha=w, attack=attack),
-        "exp_ibp": lambda f, w, eps: expressive.exp_ibp(f, _BALL, eps=eps, alpha=w, attack=attack),
-        "convex_outer": lambda f, _, eps: convex_outer.convex_outer(f, _BALL, eps=eps),
+        "ibp": certified.ibp,
+        "fast_ibp": fast_ibp.fast_ibp,
+        "sabr": bind(sabr.sabr, subselection=weight, attack=attack),
+        "taps": bind(taps.taps, cut=config.cut, gradient_scale=weight, latent_attack=latent),
+        "staps": bind(taps.staps, cut=config.cut, subselection=weight, attack=attack, latent_attack=latent),
+        "mtl_ibp": bind(expressive.mtl_ibp, alpha=weight, attack=attack),
+        "cc_ibp": bind(expressive.cc_ibp, alpha=weight, attack=attack),
+        "exp_ibp": bind(expressive.exp_ibp, alpha=weight, attack=attack),
+        "convex_outer": convex_outer.convex_outer,
     }

@@ -13,7 +13,7 @@ class Method:
 
     Attributes:
         name: of the record; also the method's name in the table.
-        kind: which loss, a key of `certified_training_methods.BUILDERS`.
+        kind: which loss, a key of `certified_training_methods`.
         weight: the method's own hyper-parameter: `alpha` of the expressive losses, the subselection ratio of SABR and
             STAPS, the gradient scale of TAPS, the multiple of `2 eps` that the hinge of linf-distance nets asks for.
         candidates: values of it that `--tune` compares on held-out images.
@@ -57,6 +57,7 @@ class Config:
         batch_size: examples per update.
         learning_rate: of Adam.
         clip: largest norm of a gradient.
+        l1: weight of the sum of absolute weights, for SABR, TAPS, STAPS and the expressive losses.
         attack_steps: of PGD in training.
         latent_steps: of PGD in TAPS's latent box.
         num_held_out: training images held out to choose by.
@@ -85,6 +86,7 @@ class Config:
     batch_size: int
     learning_rate: float
     clip: float = 10.0
+    l1: float = 1e-5
     attack_steps: int = 4
     latent_steps: int = 4
     num_held_out: int = 300

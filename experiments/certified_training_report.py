@@ -45,7 +45,8 @@ def write(directory: Path, config: Config) -> Path:
     """Writes `table.md` from the records that exist; returns the directory."""
     read = {method: records.read(directory / "records", slug(method)) for method in config.methods}
     found = {method: pair for method, pair in read.items() if pair is not None}
-    text = "\n\n".join([_heading(config, found), _main(found, config), _paired(found), _references(found), _notes(config)])
+    parts = [_heading(config, found), _main(found, config), _paired(found), _references(found), _notes(config)]
+    text = "\n\n".join(parts)
     runs.publish(directory, text, (record for record, _ in found.values()))
     return directory
 
@@ -148,12 +149,13 @@ def _references(found: Mapping[Method, Any]) -> str:
 def _notes(config: Config) -> str:
     return (
         "Natural and certified accuracy are those of all test images; the last three columns count the first "
-        f"{config.num_attacked}. Attacked: worst "
-        f"case per image of PGD ({config.num_steps} steps, 2 restarts) and APGD with cross entropy ({config.num_steps} "
-        "steps) on every correct image that is not certified; "
+        f"{config.num_attacked}. Attacked: worst case per image of PGD ({config.num_steps} steps, 2 restarts) and APGD "
+        f"with cross entropy ({config.num_steps} steps) on every correct image that is not certified; "
         f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
         "Certified: confirmed in float64 with a proved allowance for rounding. Networks with BatchNorm start from "
-        "Fast-IBP's initialisation, those without from flax's: what they gain is in every row that says so.\n\n"
+        "Fast-IBP's initialisation, those without from flax's: what they gain is in every row that says so. SABR, "
+        "TAPS, STAPS and the expressive losses have Fast-IBP's penalties while the radius rises and an L1 penalty of "
+        f"weight {config.l1:g} throughout.\n\n"
         "The papers' networks are larger (CNN7 with BatchNorm; 5 layers of 5120 distances) and trained for 70 epochs "
         "and more, their certificates come from tighter verifiers for SABR, TAPS and the expressive losses, and they "
         "count the whole test set. Numbers with a star are quoted from memory."

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from rdx.bounds.arithmetic import RULES
-from rdx.bounds.graph import PIECEWISE_LINEAR, Graph, Node, Op, reachable
+from rdx.bounds.graph import ELEMENTWISE, PIECEWISE_LINEAR, Graph, Node, Op, reachable
 
 COMPOSITE = "composite"
-_ELEMENTWISE = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p", "div", "mul", "neg", "sub"})
 # How a function of one value bends, in ascending order.
 _AFFINE, _KINKED, _CURVED = range(3)
 
@@ -67,5 +66,5 @@ def _is_better_whole(op: Op, parts: Sequence[int], *, has_rule: bool) -> bool:
 
 def _is_elementwise(op: Op) -> bool:
     shapes = {jnp.shape(value) for value in op.inputs if isinstance(value, Node) or jnp.shape(value)}
-    return (op.name in RULES or (op.name in _ELEMENTWISE and op.is_affine)) and shapes == {op.outputs[0].shape}
+    return (op.name in RULES or (op.name in ELEMENTWISE and op.is_affine)) and shapes == {op.outputs[0].shape}
 

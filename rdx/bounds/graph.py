@@ -24,6 +24,8 @@ MONOTONE = frozenset({
 # Linear in either operand, so affine while only one of them is perturbed.
 BILINEAR = frozenset({"conv_general_dilated", "dot_general", "mul"})
 AFFINE = MONOTONE | BILINEAR | {"div", "neg", "sub"}
+# Every element of the output comes from the elements at its place.
+ELEMENTWISE = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p", "div", "mul", "neg", "sub"})
 # Not primitives: functions with one kink at 0, the largest of several values, the log of the sum of their exponentials.
 PIECEWISE_LINEAR = "piecewise_linear"
 POOL = "pool"

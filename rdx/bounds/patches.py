@@ -18,10 +18,9 @@ import numpy as np
 from jax import lax
 
 from rdx.bounds import transposition
-from rdx.bounds.graph import Graph, Node, Op
+from rdx.bounds.graph import ELEMENTWISE, Graph, Node, Op
 from rdx.types import Array
 
-_ELEMENTWISE = frozenset({"add", "add_any", "convert_element_type", "copy", "copy_p", "div", "mul", "neg", "sub"})
 # At most so many elements at one place form a group, if any of them may be left out.
 _LARGEST_GROUP = 8
 
@@ -170,7 +169,7 @@ def image_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
             return None
         if _is_sliding(op):
             return _spatial_axes(op)[1]
-        if op.name not in _ELEMENTWISE:
+        if op.name not in ELEMENTWISE:
             return None
         node = op.nodes[0]
     return None
@@ -228,7 +227,7 @@ def transpose(op: Op, rows: Rows, *, are_own: bool) -> list[Rows] | None:
     """
     if rows.window is None:
         return None
-    if op.name in _ELEMENTWISE:
+    if op.name in ELEMENTWISE:
         return [_through_elementwise(op, rows, place) for place, v in enumerate(op.inputs) if isinstance(v, Node)]
     if _is_sliding(op) and _spatial_axes(op)[1] == rows.window.axes:
         return [_written_out(_through_sliding(op, rows.clean(op.outputs[0]), are_own=are_own), op.nodes[0])]

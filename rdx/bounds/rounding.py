@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from rdx.balls import Region
 from rdx.bounds import arithmetic, propagation, relaxations
-from rdx.bounds.graph import BILINEAR, PIECEWISE_LINEAR, POOL, Graph, Node, Op, UnsupportedPrimitiveError
+from rdx.bounds.graph import BILINEAR, ELEMENTWISE, PIECEWISE_LINEAR, POOL, Graph, Node, Op, UnsupportedPrimitiveError
 from rdx.bounds.interval import Interval
 from rdx.types import Array, PyTree
 
@@ -33,7 +33,6 @@ _FEW = 16
 _MOST = 0.25
 # Intervals narrower than 1e-15 get a chord of another slope (`relaxations`).
 _NARROW = 4e-15
-_ELEMENTWISE = frozenset({"add", "add_any", "convert_element_type", "div", "mul", "neg", "sub"})
 _SUMS = frozenset({"cumsum", "reduce_sum", "reduce_window_sum", "scatter-add"})
 _REPEATING = frozenset({"broadcast_in_dim", "gather", "tile"})
 
@@ -194,7 +193,7 @@ def _lengths(op: Op) -> tuple[int, int]:
     if op.name == "conv_general_dilated" and isinstance(op.inputs[0], Node):
         rhs, shape = op.params["dimension_numbers"].rhs_spec, constants[0].shape
         return math.prod(shape) // shape[rhs[0]], math.prod(shape) // shape[rhs[1]]
-    if op.name in _ELEMENTWISE and all(node.shape == op.outputs[0].shape for node in op.nodes):
+    if op.name in ELEMENTWISE and all(node.shape == op.outputs[0].shape for node in op.nodes):
         return 1, 1
-    is_sum = op.name in BILINEAR | _SUMS | _ELEMENTWISE
+    is_sum = op.name in BILINEAR | _SUMS | ELEMENTWISE
     return most if is_sum else 0, most if is_sum or op.name in _REPEATING else 1

@@ -9,6 +9,7 @@ from rdx.train import (
     expressive,
     fast_ibp,
     linf_distance,
+    penalties,
     phased,
     sabr,
     schedules,
@@ -20,5 +21,6 @@ from rdx.train.together import fit_together
 
 __all__ = [
     "Phase", "TrainState", "adversarial", "averaging", "certified", "convex_outer", "detectors", "expressive",
-    "fast_ibp", "fit", "fit_together", "init_state", "linf_distance", "phased", "sabr", "schedules", "standard", "taps",
+    "fast_ibp", "fit", "fit_together", "init_state", "linf_distance", "penalties", "phased", "sabr", "schedules",
+    "standard", "taps",
 ]

@@ -3,15 +3,16 @@
 A method is a robust loss, `robust(stage) -> Robust`, a function of everything that one step of training knows. The loss
 that is minimised is, averaged over the batch,
 
-    kappa CE(z, y) + (1 - kappa) robust + penalty
+    kappa CE(z, y) + (1 - kappa) robust + penalties
 
-with `kappa` from `bounds.Threat`. Bounds and attacks meet the network normalised by the statistics of the clean batch,
-in which its examples are independent, and gradients flow through those statistics.
+with `kappa` from `bounds.Threat` and `penalties` such as those of `train.penalties`. Bounds and attacks meet the
+network normalised by the statistics of the clean batch, in which its examples are independent, and gradients flow
+through those statistics.
 """
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -91,17 +92,19 @@ class Robust(NamedTuple):
     Attributes:
         loss: the robust loss of each example, shape `[B]`.
         metrics: further values, each `[B]` or a scalar.
-        penalty: a scalar that does not belong to single examples.
     """
 
     loss: Array
     metrics: dict[str, Array]
-    penalty: Array | float = 0.0
+
+
+# (stage) -> (a scalar to add to the mean loss, metrics).
+Penalty: TypeAlias = Callable[[Stage], tuple[Array, dict[str, Array]]]
 
 
 def objective(
     forward: Forward, ball: Ball, robust: Callable[[Stage], Robust], *, eps: Ramp, kappa_start: ArrayLike = 0.0,
-    kappa_end: ArrayLike = 0.0,
+    kappa_end: ArrayLike = 0.0, penalties: Sequence[Penalty] = (),
 ) -> Partial:
     """Builds the loss for `train.fit` out of a method's robust loss.
 
@@ -112,11 +115,14 @@ def objective(
         eps: the radius at each step.
         kappa_start: weight of the clean loss at radius 0, in [0, 1].
         kappa_end: weight of the clean loss at the final radius.
+        penalties: what is added to the mean loss.
 
     Returns:
-        A loss with the metrics `loss`, `clean_loss`, `robust_loss`, `error`, `eps`, `kappa` and those of the method.
+        A loss with the metrics `loss`, `clean_loss`, `robust_loss`, `error`, `eps`, `kappa` and those of the method and
+        the penalties.
     """
-    return Partial(_objective, forward, Threat(ball, eps, kappa_end, kappa_start=kappa_start), as_partial(robust))
+    threat = Threat(ball, eps, kappa_end, kappa_start=kappa_start)
+    return Partial(_objective, forward, threat, as_partial(robust), tuple(as_partial(fn) for fn in penalties))
 
 
 def phases(forward: Forward, loss: Partial, *, eps: Ramp, final: Partial | None = None) -> tuple[Phase, ...]:
@@ -159,17 +165,21 @@ def check_share(name: str, value: Any) -> None:
 
 
 def _objective(
-    forward: Forward, threat: Threat, robust: Partial, params: PyTree, model_state: PyTree, key: Key, batch: PyTree,
-    step: Array,
+    forward: Forward, threat: Threat, robust: Partial, penalties: tuple[Partial, ...], params: PyTree,
+    model_state: PyTree, key: Key, batch: PyTree, step: Array,
 ) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
     x, labels = batch["x"], batch["labels"]
     logits, next_state = forward(params, model_state, x, train=True)
     ball, share, kappa = threat.at(step)
-    found: Robust = robust(Stage(key, forward, params, forward.statistics(params, model_state, x), batch, ball, share))
+    stage = Stage(key, forward, params, forward.statistics(params, model_state, x), batch, ball, share)
+    found: Robust = robust(stage)
+    added = [penalty(stage) for penalty in penalties]
     clean_loss = losses.cross_entropy(logits, labels)
-    loss = standard.batch_mean(kappa * clean_loss + (1.0 - kappa) * found.loss, batch) + found.penalty
+    loss = standard.batch_mean(kappa * clean_loss + (1.0 - kappa) * found.loss, batch)
+    loss = sum((value for value, _ in added), loss)
     metrics = {
         "clean_loss": clean_loss, "robust_loss": found.loss, "error": losses.is_wrong(logits, labels),
         "eps": jnp.asarray(ball.eps), "kappa": kappa, **found.metrics,
+        **{name: value for _, metrics in added for name, value in metrics.items()},
     }
     return loss, (next_state, {"loss": loss, **means(metrics, batch)})

@@ -8,7 +8,7 @@ the latent box (the gradient connector).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from rdx.bounds import Interval
 from rdx.compilation import as_partial
 from rdx.goals import Goal
 from rdx.models import Forward
-from rdx.train import phased, sabr
-from rdx.train.phased import Robust, Stage
+from rdx.train import phased, sabr, standard
+from rdx.train.phased import Penalty, Robust, Stage
 from rdx.train.schedules import Ramp
 from rdx.types import Array, ArrayLike, AttackResult
 
@@ -34,14 +34,17 @@ _NARROW = 1e-6
 def taps(
     forward: Forward, ball: Ball, *, eps: Ramp, cut: int, latent_attack: Callable[..., AttackResult] = LATENT_PGD,
     connector: ArrayLike = 0.5, gradient_scale: ArrayLike = 5.0, kappa_end: ArrayLike = 0.0,
+    penalties: Sequence[Penalty] = (),
 ) -> Partial:
     """Builds the loss `E_TAPS E_IBP`, in which the gradient of `E_TAPS` counts `gradient_scale` times.
 
     `E_TAPS` is the worst-case cross entropy of the margins at the latent points that were found, one point for each
-    class (the paper's multi-estimator); `E_IBP` is that of intervals all the way.
+    class (the paper's multi-estimator); `E_IBP` is that of intervals all the way. Both are means over the batch, as in
+    their code: multiplied example by example, intervals would count for little where the attack finds little.
 
-    Source: Mao et al. (2023, arXiv:2305.04574, Sec. 3), the product and its gradient as in their code. Difference:
-    latent points are found by sign steps of `2.5 / num_steps` of each interval's radius, without decay.
+    Source: Mao et al. (2023, arXiv:2305.04574, Sec. 3), the product and its gradient as in their code, which trains by
+    intervals while the radius rises: `phased.phases(forward, fast_ibp.fast_ibp(...), eps=..., final=taps.taps(...))`.
+    Difference: latent points are found by sign steps of `2.5 / num_steps` of each interval's radius, without decay.
 
     Args:
         forward: a `ConvNet` or any model whose module takes `start` and `stop`, from `models.forward`.
@@ -53,6 +56,7 @@ def taps(
             `1 - d / (c w)` of the gradient at a point at distance `d < c w` from it, else none. 1 is linear.
         gradient_scale: `w_TAPS`.
         kappa_end: weight of the clean loss at the final radius; at radius 0 it is 0.
+        penalties: what is added to the mean loss, such as `penalties.l1`.
 
     Returns:
         A loss for `train.fit` with the metrics of `phased.objective` and `taps_loss`, `ibp_loss`.
@@ -60,18 +64,20 @@ def taps(
     Raises:
         ValueError: on an impossible cut or connector.
     """
-    return _build(_whole_box, forward, ball, eps, _Settings(cut, connector, gradient_scale), latent_attack, kappa_end)
+    settings = _Settings(cut, connector, gradient_scale)
+    return _build(_whole_box, forward, ball, eps, settings, latent_attack, kappa_end, penalties)
 
 
 def staps(
     forward: Forward, ball: Ball, *, eps: Ramp, cut: int, latent_attack: Callable[..., AttackResult] = LATENT_PGD,
     connector: ArrayLike = 0.5, gradient_scale: ArrayLike = 5.0, subselection: ArrayLike = 0.4,
-    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0,
+    attack: Callable[..., AttackResult] = phased.PGD, kappa_end: ArrayLike = 0.0, penalties: Sequence[Penalty] = (),
 ) -> Partial:
     """Builds the loss of `taps` over the small box of `sabr`; the arguments are those of both."""
     sabr.check_box(ball, subselection)
     box = Partial(sabr.small_box, as_partial(attack), subselection)
-    return _build(box, forward, ball, eps, _Settings(cut, connector, gradient_scale), latent_attack, kappa_end)
+    settings = _Settings(cut, connector, gradient_scale)
+    return _build(box, forward, ball, eps, settings, latent_attack, kappa_end, penalties)
 
 
 def connect(box: Interval, point: Array, *, share: ArrayLike = 0.5) -> Array:
@@ -104,13 +110,13 @@ class _Settings:
 
 def _build(
     box: Callable[[Stage], Region], forward: Forward, ball: Ball, eps: Ramp, settings: _Settings,
-    latent_attack: Callable[..., AttackResult], kappa_end: ArrayLike,
+    latent_attack: Callable[..., AttackResult], kappa_end: ArrayLike, penalties: Sequence[Penalty],
 ) -> Partial:
     phased.check_share("connector", settings.connector)
     if settings.cut < 1 or settings.connector == 0.0:
         raise ValueError(f"cut={settings.cut} and connector={settings.connector} must be positive.")
     robust = Partial(_taps, as_partial(box), as_partial(latent_attack), settings)
-    return phased.objective(forward, ball, robust, eps=eps, kappa_end=kappa_end)
+    return phased.objective(forward, ball, robust, eps=eps, kappa_end=kappa_end, penalties=penalties)
 
 
 def _whole_box(stage: Stage) -> Region:
@@ -125,8 +131,10 @@ def _taps(box: Partial, latent_attack: Partial, settings: _Settings, stage: Stag
     by_intervals = bounds.worst_case(second, region, stage.labels).loss
     at_points = _least_margins(latent_key, latent_attack, second, latent, settings.connector, stage)
     by_attack = losses.worst_case_cross_entropy(at_points)
-    scaled = by_attack + (settings.gradient_scale - 1.0) * (by_attack - lax.stop_gradient(by_attack))
-    return Robust(scaled * by_intervals, {"taps_loss": by_attack, "ibp_loss": by_intervals})
+    attacked, certified = (standard.batch_mean(loss, stage.batch) for loss in (by_attack, by_intervals))
+    scaled = attacked + (settings.gradient_scale - 1.0) * (attacked - lax.stop_gradient(attacked))
+    loss = jnp.broadcast_to(scaled * certified, by_attack.shape)
+    return Robust(loss, {"taps_loss": by_attack, "ibp_loss": by_intervals})
 
 
 def _least_margins(

@@ -12,7 +12,7 @@ import pytest
 from rdx import attacks, bounds, losses, models, train
 from rdx.balls import Ball
 from rdx.bounds import Interval
-from rdx.train import certified, convex_outer, expressive, fast_ibp, phased, sabr, schedules, standard, taps
+from rdx.train import certified, convex_outer, expressive, fast_ibp, penalties, phased, sabr, schedules, standard, taps
 
 BALL = Ball("linf", 0.0)
 RAMP = schedules.linear_ramp(0.1, 10, 20)
@@ -110,10 +110,11 @@ def _cleanly_trained():
                      lambda step: batch, key=jax.random.key(2), num_steps=100, progress=False)[0]
 
 
-def test_masked_rows_do_not_count():
+@pytest.mark.parametrize("name", ["mtl_ibp", "exp_ibp", "taps"])
+def test_masked_rows_do_not_count(name):
     _, params, state, batch = _net()
     part = {name: value[:4] for name, value in batch.items()}
-    loss = _loss("mtl_ibp")
+    loss = _loss(name)
     wanted, (_, metrics) = _value(loss, params, state, part, QUARTER)
     found, (_, masked) = _value(loss, params, state, {**batch, "mask": jnp.arange(6) < 4}, QUARTER)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -157,6 +158,18 @@ def test_expressive_losses_are_their_formulas():
     np.testing.assert_allclose(exp, low**0.7 * high**0.3, rtol=1e-4)
     # The loss of a mean is at most the mean of losses: E is convex.
     assert cc <= mtl + 1e-6
+    # Of a batch, Exp-IBP multiplies the means.
+    loss = expressive.exp_ibp(forward, BALL, eps=RAMP, alpha=0.3, attack=SHORT)
+    wanted = _attacked_loss(params, batch)**0.7 * _interval_loss(params, batch)**0.3
+    np.testing.assert_allclose(_value(loss, params, state, batch, END)[0], wanted, rtol=1e-4)
+
+
+def test_attacks_may_go_farther_than_bounds():
+    forward, params, state, batch = _net()
+    loss = expressive.mtl_ibp(forward, BALL, eps=RAMP, alpha=0.3, attack=SHORT, attack_scale=2.0)
+    _, (_, metrics) = _value(loss, params, state, batch, END)
+    np.testing.assert_allclose(metrics["adversarial_loss"], _attacked_loss(params, batch, eps=0.2), rtol=1e-4)
+    np.testing.assert_allclose(metrics["certified_loss"], _interval_loss(params, batch), rtol=1e-4)
 
 
 def test_sabr_leads_from_the_attacked_loss_to_that_of_intervals():
@@ -242,28 +255,42 @@ def test_penalties_are_their_formulas_and_vanish_where_nothing_is_wrong():
     on, off = jnp.array([[1.0, 2.0]]), jnp.array([[-2.0, -1.0]])
     center = jnp.concatenate([on, off], axis=1)
     balanced = Interval(center - 0.1, center + 0.1)
-    np.testing.assert_allclose(fast_ibp.relu_balance([balanced]), 0.0, atol=1e-6)
-    np.testing.assert_allclose(fast_ibp.tightness(jnp.float32(0.2), [balanced]), 0.0, atol=1e-6)
+    np.testing.assert_allclose(penalties.relu_balance([balanced]), 0.0, atol=1e-6)
+    np.testing.assert_allclose(penalties.tightness(jnp.float32(0.2), [balanced]), 0.0, atol=1e-6)
     # Twice as wide is within the tolerance of 1/2, five times is not: (0.5 - 0.2) / 0.5.
-    np.testing.assert_allclose(fast_ibp.tightness(jnp.float32(0.1), [balanced]), 0.0, atol=1e-6)
-    np.testing.assert_allclose(fast_ibp.tightness(jnp.float32(0.04), [balanced]), 0.6, rtol=1e-4)
+    np.testing.assert_allclose(penalties.tightness(jnp.float32(0.1), [balanced]), 0.0, atol=1e-6)
+    np.testing.assert_allclose(penalties.tightness(jnp.float32(0.04), [balanced]), 0.6, rtol=1e-4)
     # Only units that are on: both ratios are 0. None that is sure: nothing to balance.
-    np.testing.assert_allclose(fast_ibp.relu_balance([Interval(on - 0.1, on + 0.1)]), 2.0, rtol=1e-5)
-    np.testing.assert_allclose(fast_ibp.relu_balance([Interval(center - 5.0, center + 5.0)]), 0.0)
+    np.testing.assert_allclose(penalties.relu_balance([Interval(on - 0.1, on + 0.1)]), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(penalties.relu_balance([Interval(center - 5.0, center + 5.0)]), 0.0)
     # Sums in the ratio 1/4, squared distances from the mean alike: (0.5 - 0.25) / 0.5.
     uneven = jnp.array([[2.0, -0.5]])
-    np.testing.assert_allclose(fast_ibp.relu_balance([Interval(uneven - 0.1, uneven + 0.1)]), 0.5, rtol=1e-4)
+    np.testing.assert_allclose(penalties.relu_balance([Interval(uneven - 0.1, uneven + 0.1)]), 0.5, rtol=1e-4)
 
 
 def test_the_penalty_fades_as_the_radius_rises():
     forward, params, state, batch = _net()
-    loss = fast_ibp.fast_ibp(forward, BALL, eps=RAMP, strength=0.5, tolerance=0.9)
+    loss = fast_ibp.fast_ibp(forward, BALL, eps=RAMP, penalties=(penalties.of_bounds(tolerance=0.9),))
     value, (_, metrics) = _value(loss, params, state, batch, QUARTER)
     penalty = metrics["tightness"] + metrics["relu_balance"]
     assert penalty > 0.1
     np.testing.assert_allclose(value, metrics["robust_loss"] + 0.5 * 0.75 * penalty, rtol=1e-5)
     value, (_, metrics) = _value(loss, params, state, batch, END)
     np.testing.assert_allclose(value, _interval_loss(params, batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fast_ibp", "sabr", "taps", "staps", "mtl_ibp", "cc_ibp", "exp_ibp"])
+def test_penalties_are_added_to_the_mean_loss(name):
+    forward, params, state, batch = _net()
+    without, (_, bare) = _value(BUILDERS[name](forward, BALL, eps=RAMP, penalties=()), params, state, batch, QUARTER)
+    both = (penalties.of_bounds(tolerance=0.9, strength=2.0), penalties.l1(1e-3))
+    found, (_, metrics) = _value(BUILDERS[name](forward, BALL, eps=RAMP, penalties=both), params, state, batch, QUARTER)
+    kernels = [leaf["kernel"] for leaf in params.values()]
+    np.testing.assert_allclose(metrics["l1"], sum(np.abs(kernel).sum() for kernel in kernels), rtol=1e-5)
+    of_bounds = 2.0 * 0.75 * (metrics["tightness"] + metrics["relu_balance"])
+    assert of_bounds > 0.1
+    np.testing.assert_allclose(found, without + of_bounds + 1e-3 * metrics["l1"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["robust_loss"], bare["robust_loss"], rtol=1e-5)
 
 
 def test_the_connector_hands_gradients_to_the_nearer_end():
@@ -285,16 +312,10 @@ def test_taps_is_exact_behind_the_cut_and_below_intervals():
     loss = taps.taps(forward, BALL, eps=RAMP, cut=3, latent_attack=LATENT)
     _, (_, metrics) = _value(loss, params, state, batch, END)
     np.testing.assert_allclose(metrics["taps_loss"], metrics["ibp_loss"], rtol=1e-4)
-    np.testing.assert_allclose(metrics["robust_loss"], _mean_square(params, batch), rtol=1e-3)
+    np.testing.assert_allclose(metrics["robust_loss"], _interval_loss(params, batch) ** 2, rtol=1e-3)
     _, (_, whole) = _value(taps.staps(forward, BALL, eps=RAMP, cut=2, latent_attack=LATENT, subselection=1.0,
                                       attack=SHORT), params, state, batch, END)
     np.testing.assert_allclose(whole["ibp_loss"], _interval_loss(params, batch), rtol=1e-4)
-
-
-def _mean_square(params, batch):
-    logits_fn = _net()[0].logits_fn(params, {})
-    loss = bounds.worst_case(logits_fn, Ball("linf", 0.1).region(batch["x"]), batch["labels"]).loss
-    return float(jnp.square(loss).mean())
 
 
 def test_the_gradient_of_taps_counts_as_often_as_asked():
