@@ -135,7 +135,7 @@ def pgd(num_steps: int) -> functools.partial:
     return functools.partial(attacks.pgd, num_steps=num_steps, loop=attacks.Loop(kind=kind))
 
 
-def _builders(config: Config, weight: float | None) -> dict[str, Callable[..., Any]]:
+def _builders(config: Config, weight: Any) -> dict[str, Callable[..., Any]]:
     """Binds the settings of the losses, of which all take `(forward, ball, *, eps)` and `_PENALISED` penalties too."""
     attack, latent = pgd(config.attack_steps), pgd(config.latent_steps)
     bind = functools.partial

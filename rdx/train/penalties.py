@@ -113,4 +113,4 @@ def _of_bounds(settings: _Settings, stage: Stage) -> tuple[Array, dict[str, Arra
 def _l1(strength: ArrayLike, stage: Stage) -> tuple[Array, dict[str, Array]]:
     leaves = jax.tree_util.tree_leaves_with_path(stage.params)
     total = sum((jnp.abs(leaf).sum() for path, leaf in leaves if path[-1].key == "kernel"), jnp.float32(0.0))
-    return strength * total, {"l1": total}
+    return jnp.asarray(strength, jnp.float32) * total, {"l1": total}
