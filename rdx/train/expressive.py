@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rdx import bounds, losses, margins
+from rdx import losses, margins
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.models import Forward
@@ -100,7 +100,7 @@ def _expressive(combine: Partial, attack: Partial, settings: _Settings, stage: S
     margins_fn = margins.of(stage.logits_fn)
     farther = dataclasses.replace(stage.ball, eps=settings.attack_scale * jnp.asarray(stage.ball.eps))
     at_attack = margins_fn(stage.attacked(attack, ball=farther), stage.labels)
-    lower = bounds.ibp(margins_fn, stage.ball.region(stage.x), stage.labels).lower
+    lower = stage.intervals.output.lower
     attacked, certified = _ends(at_attack, lower)
     loss = combine(jnp.asarray(settings.alpha, lower.dtype), at_attack, lower, stage.batch)
     return Robust(loss, {

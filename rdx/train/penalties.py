@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rdx import bounds
 from rdx.bounds import Interval
 from rdx.train.phased import Stage
 from rdx.types import Array, ArrayLike
@@ -102,8 +101,7 @@ class _Settings:
 
 def _of_bounds(settings: _Settings, stage: Stage) -> tuple[Array, dict[str, Array]]:
     region = stage.ball.region(stage.x)
-    found = bounds.details(bounds.ibp, stage.logits_fn, region)
-    layers = [layer for name, layer in found.layers.items() if "-> relu" in name]
+    layers = [layer for name, layer in stage.intervals.layers.items() if "-> relu" in name]
     tight = tightness((region.upper - region.lower).mean(), layers, tolerance=settings.tolerance)
     balance = relu_balance(layers, tolerance=settings.tolerance)
     value = jnp.asarray(settings.strength, jnp.float32) * stage.share * (tight + balance)

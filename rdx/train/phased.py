@@ -10,6 +10,7 @@ network normalised by the statistics of the clean batch, in which its examples a
 through those statistics.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from rdx import attacks, losses
+from rdx import attacks, bounds, losses, margins
 from rdx.balls import Ball
-from rdx.bounds import Threat
+from rdx.bounds import Details, Threat
 from rdx.compilation import as_partial
 from rdx.models import Forward
 from rdx.train import standard
@@ -33,7 +34,8 @@ from rdx.types import Array, ArrayLike, AttackResult, Key, PyTree
 PGD = functools.partial(attacks.pgd, num_steps=8)
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stage:
     """One step of training, as a robust loss sees it.
 
     Attributes:
@@ -68,6 +70,11 @@ class Stage(NamedTuple):
     def logits_fn(self) -> Partial:
         """The network as a function of the inputs."""
         return self.part()
+
+    @functools.cached_property
+    def intervals(self) -> Details:
+        """IBP bounds of the margins in the ball and of all layers, computed once for loss and penalties."""
+        return bounds.details(bounds.ibp, margins.of(self.logits_fn), self.ball.region(self.x), self.labels)
 
     def part(self, **static: Hashable) -> Partial:
         """Builds the part of the network that keywords of the module choose, such as `start` and `stop`."""

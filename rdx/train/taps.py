@@ -126,7 +126,7 @@ def _whole_box(stage: Stage) -> Region:
 def _taps(box: Partial, latent_attack: Partial, settings: _Settings, stage: Stage) -> Robust:
     first, second = stage.part(stop=settings.cut), stage.part(start=settings.cut)
     box_key, latent_key = jax.random.split(stage.key)
-    latent = bounds.ibp(first, box(stage._replace(key=box_key)))
+    latent = bounds.ibp(first, box(dataclasses.replace(stage, key=box_key)))
     region = Region(latent.center, latent.radius, latent.lower, latent.upper, "linf")
     by_intervals = bounds.worst_case(second, region, stage.labels).loss
     at_points = _least_margins(latent_key, latent_attack, second, latent, settings.connector, stage)
