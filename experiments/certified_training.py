@@ -34,7 +34,6 @@ each proves.
 """
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
@@ -119,7 +118,8 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     source, ball = run.parts.held_out if is_tuning else run.parts.test, Ball("linf", run.config.eps)
     x = data.to_float(source.images)
     verifiers = (bounds.ibp,) if method.kind == "linf_distance" else (bounds.ibp, bounds.crown_ibp, bounds.crown)
-    attack_set = {} if is_tuning else _attacks(run.config)
+    steps, queries = run.config.num_steps, run.config.num_queries
+    attack_set = {} if is_tuning else attacks.suite("linf", num_steps=steps, num_queries=queries)
     result = evaluate(
         run.key, logits_fn, x, source.labels, index=source.index, ball=ball, attacks=attack_set, method=verifiers,
         num_attacked=run.config.num_attacked, cross_check=run.config.cross_check, is_diagnosed=not is_tuning,
@@ -130,7 +130,8 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
         "experiment": "certified_training", "method": method, "weight": weight, "config": run.config,
         "network": str(methods.network(run.config, method).model),
         "summary": summary, "certified_by": by,
-        "attacks": {name: attack.keywords for name, attack in attack_set.items()}, "data": run.parts.record(),
+        "attacks": {name: {"num_steps": queries if name == "square" else steps} for name in attack_set},
+        "data": run.parts.record(),
         "evaluated": source.split if not is_tuning else "held out", "history": history[-1:],
         "seconds_training": seconds_training, "seconds_total": time.monotonic() - begun,
     }, result)
@@ -158,13 +159,6 @@ def train(run: Run, method: Method, weight: float | None, name: str) -> tuple[Lo
         print(f"  {name}: { {key: f'{value:.4g}' for key, value in history[-1].items()} }", flush=True)
     forward, params, model_state = methods.trained(settings, method, state, source)
     return forward.logits_fn(params, model_state), history
-
-
-def _attacks(settings: Config) -> dict[str, functools.partial]:
-    return {
-        "pgd": functools.partial(attacks.pgd, num_steps=settings.num_steps, num_restarts=2),
-        "apgd": functools.partial(attacks.apgd, num_steps=settings.num_steps),
-    }
 
 
 if __name__ == "__main__":

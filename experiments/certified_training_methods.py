@@ -70,7 +70,8 @@ def phases(config: Config, method: Method, weight: float | None, per_epoch: int)
             forward, theta=2.0 * config.eps * weight, p=ramps.GeometricRamp(8.0, 1000.0, *span),
             weight=ramps.GeometricRamp(0.1, 0.001, *span),
         )
-    ramp = ramps.smoothed(config.eps, config.warmup + 1, config.ramp, 0.3, per_epoch)
+    warmup = config.warmup if method.kind in _WITHOUT_NORM else 0
+    ramp = ramps.smoothed(method.radius * config.eps, warmup + 1, config.ramp, 0.3, per_epoch)
     if method.kind == "crown_ibp":
         return certified.phases(forward, _BALL, eps=ramp)
     if method.kind == "fused":
@@ -88,7 +89,7 @@ def _penalised(
 
     TAPS and STAPS begin once it has risen; until then there are intervals, for STAPS over small boxes.
     """
-    forward, sparse = network(config, method), penalties.l1(config.l1)
+    forward, sparse = network(config, method), penalties.l1(method.l1)
     early = {"taps": "fast_ibp", "staps": "sabr"}.get(method.kind, method.kind)
     rising = build[early](forward, _BALL, eps=ramp, penalties=(penalties.of_bounds(), sparse))
     final = build[method.kind](forward, _BALL, eps=ramp, penalties=(sparse,))

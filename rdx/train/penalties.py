@@ -19,9 +19,10 @@ _TINY = 1e-12
 
 
 def of_bounds(*, tolerance: ArrayLike = 0.5, strength: ArrayLike = 0.5) -> Partial:
-    """Builds the penalty `strength (1 - eps / eps_max) (L_tightness + L_relu)` of interval bounds in the whole ball.
+    """Builds the penalty `strength (1 - eps / eps_max) (L_tightness + L_relu)` of interval bounds.
 
-    See `tightness` and `relu_balance`. It is 0 at the final radius, where it need not be computed.
+    See `tightness` and `relu_balance`; the bounds are those of the ball, or of the small box for methods that have one,
+    as in their authors' code. It is 0 at the final radius, where it need not be computed.
 
     Source: Shi et al. (2021, arXiv:2103.17268), of their Fast-IBP; SABR, TAPS and the expressive losses train with it
     as well.
@@ -100,7 +101,7 @@ class _Settings:
 
 
 def _of_bounds(settings: _Settings, stage: Stage) -> tuple[Array, dict[str, Array]]:
-    region = stage.ball.region(stage.x)
+    region = stage.region
     layers = [layer for name, layer in stage.intervals.layers.items() if "-> relu" in name]
     tight = tightness((region.upper - region.lower).mean(), layers, tolerance=settings.tolerance)
     balance = relu_balance(layers, tolerance=settings.tolerance)

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 
 from rdx import attacks, bounds, losses, margins
-from rdx.balls import Ball
+from rdx.balls import Ball, Region
 from rdx.bounds import Details, Threat
 from rdx.compilation import as_partial
 from rdx.models import Forward
@@ -46,6 +46,7 @@ class Stage:
         batch: `{"x" [B, ...], "labels" [B], ...}`.
         ball: the perturbations, at this step's radius.
         share: falls from 1 to 0 as the radius rises.
+        box: what intervals bound; None for the whole ball.
     """
 
     key: Key
@@ -55,6 +56,7 @@ class Stage:
     batch: PyTree
     ball: Ball
     share: Array
+    box: Region | None = None
 
     @property
     def x(self) -> Array:
@@ -71,14 +73,23 @@ class Stage:
         """The network as a function of the inputs."""
         return self.part()
 
+    @property
+    def region(self) -> Region:
+        """What intervals bound."""
+        return self.ball.region(self.x) if self.box is None else self.box
+
     @functools.cached_property
     def intervals(self) -> Details:
-        """IBP bounds of the margins in the ball and of all layers, computed once for loss and penalties."""
-        return bounds.details(bounds.ibp, margins.of(self.logits_fn), self.ball.region(self.x), self.labels)
+        """IBP bounds of the margins in the region and of all layers, computed once for loss and penalties."""
+        return bounds.details(bounds.ibp, margins.of(self.logits_fn), self.region, self.labels)
 
     def part(self, **static: Hashable) -> Partial:
         """Builds the part of the network that keywords of the module choose, such as `start` and `stop`."""
         return self.forward.logits_fn(self.params, self.statistics, **static)
+
+    def within(self, box: Region) -> "Stage":
+        """Returns the stage with bounds in a box in place of the whole ball."""
+        return dataclasses.replace(self, box=box)
 
     def attacked(self, attack: Callable[..., AttackResult], *, ball: Ball | None = None) -> Array:
         """Attacks the batch and returns the inputs that were found, shape `[B, ...]`.
@@ -99,10 +110,12 @@ class Robust(NamedTuple):
     Attributes:
         loss: the robust loss of each example, shape `[B]`.
         metrics: further values, each `[B]` or a scalar.
+        stage: the stage that penalties are told, if the method bounds a box of its own.
     """
 
     loss: Array
     metrics: dict[str, Array]
+    stage: Stage | None = None
 
 
 # (stage) -> (a scalar to add to the mean loss, metrics).
@@ -180,7 +193,7 @@ def _objective(
     ball, share, kappa = threat.at(step)
     stage = Stage(key, forward, params, forward.statistics(params, model_state, x), batch, ball, share)
     found: Robust = robust(stage)
-    added = [penalty(stage) for penalty in penalties]
+    added = [penalty(found.stage or stage) for penalty in penalties]
     clean_loss = losses.cross_entropy(logits, labels)
     loss = standard.batch_mean(kappa * clean_loss + (1.0 - kappa) * found.loss, batch)
     loss = sum((value for value, _ in added), loss)

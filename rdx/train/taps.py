@@ -126,7 +126,8 @@ def _whole_box(stage: Stage) -> Region:
 def _taps(box: Partial, latent_attack: Partial, settings: _Settings, stage: Stage) -> Robust:
     first, second = stage.part(stop=settings.cut), stage.part(start=settings.cut)
     box_key, latent_key = jax.random.split(stage.key)
-    latent = bounds.ibp(first, box(dataclasses.replace(stage, key=box_key)))
+    bounded = box(dataclasses.replace(stage, key=box_key))
+    latent = bounds.ibp(first, bounded)
     region = Region(latent.center, latent.radius, latent.lower, latent.upper, "linf")
     by_intervals = bounds.worst_case(second, region, stage.labels).loss
     at_points = _least_margins(latent_key, latent_attack, second, latent, settings.connector, stage)
@@ -134,7 +135,7 @@ def _taps(box: Partial, latent_attack: Partial, settings: _Settings, stage: Stag
     attacked, certified = (standard.batch_mean(loss, stage.batch) for loss in (by_attack, by_intervals))
     scaled = attacked + (settings.gradient_scale - 1.0) * (attacked - lax.stop_gradient(attacked))
     loss = jnp.broadcast_to(scaled * certified, by_attack.shape)
-    return Robust(loss, {"taps_loss": by_attack, "ibp_loss": by_intervals})
+    return Robust(loss, {"taps_loss": by_attack, "ibp_loss": by_intervals}, stage.within(bounded))
 
 
 def _least_margins(

@@ -183,12 +183,26 @@ def test_sabr_leads_from_the_attacked_loss_to_that_of_intervals():
 
 def test_small_boxes_lie_in_the_large_one():
     forward, params, state, batch = _net()
-    stage = phased.Stage(jax.random.key(0), forward, params, state, batch, Ball("linf", 0.1), jnp.float32(0.0))
-    small, large = sabr.small_box(SHORT, 0.3, stage), stage.ball.region(batch["x"])
-    assert (small.lower >= large.lower - 1e-6).all()  # one rounding of sums near 1
-    assert (small.upper <= large.upper + 1e-6).all()
-    assert ((small.upper - small.lower) <= 0.06 + 1e-6).all()
-    assert float(jnp.abs(small.center - batch["x"]).max()) > 0.05
+    x = batch["x"].at[:, 0].set(0.0).at[:, 1].set(1.0)  # there the whole box is half as wide
+    ball, batch = Ball("linf", 0.1), {**batch, "x": x}
+    stage = phased.Stage(jax.random.key(0), forward, params, state, batch, ball, jnp.float32(1.0))
+    large = ball.region(x)
+    for share in (0.3, 0.8):
+        small = sabr.small_box(SHORT, share, stage)
+        assert (small.lower >= large.lower - 1e-6).all()  # one rounding of sums near 1
+        assert (small.upper <= large.upper + 1e-6).all()
+        widths = np.minimum(0.2 * share, large.upper - large.lower)
+        np.testing.assert_allclose(small.upper - small.lower, widths, atol=1e-6)
+        if share == 0.3:
+            assert float(jnp.abs(small.center - x).max()) > 0.05
+        # Penalties are of the bounds in the small box.
+        layers = [layer for name, layer in stage.within(small).intervals.layers.items() if "relu" in name]
+        wanted = penalties.tightness(widths.mean(), layers, tolerance=0.9)
+        loss = sabr.sabr(forward, BALL, eps=schedules.linear_ramp(0.2, -10, 20), subselection=share, attack=SHORT,
+                         penalties=(penalties.of_bounds(tolerance=0.9),))
+        _, (_, metrics) = loss(params, state, jax.random.key(0), batch, jnp.int32(0))
+        np.testing.assert_allclose(metrics["tightness"], wanted, rtol=1e-4)
+        assert wanted > 0.01
 
 
 def test_fused_training_ends_as_ibp_does():
