@@ -74,13 +74,12 @@ def _table(config: Config, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _paired(found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
-    header = ["", "compared with", "certified only here", "certified only there", "both", "neither"]
+    header = ["", "compared with", *report.PAIRED]
     rows = []
     for here, there in _PAIRS:
         if here in found and there in found:
-            a, b = found[here][1].certified, found[there][1].certified
-            counts = [(a & ~b).sum(), (~a & b).sum(), (a & b).sum(), (~a & ~b).sum()]
-            rows.append([RECIPES[here], RECIPES[there], *(str(count) for count in counts)])
+            counts = report.paired(found[here][1].certified, found[there][1].certified)
+            rows.append([RECIPES[here], RECIPES[there], *counts])
     return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}" if rows else ""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import a5_certificates, a5_paper, runs
 from experiments.a5_presets import Config
 from rdx import models, plotting
-from rdx.evaluate import records, report
+from rdx.evaluate import Evaluation, records, report
 
 RECIPES = {"offline": "A5/O", "online": "A5/R", "joint": "A5/RC"}
 _PAPER_TABLES = {
@@ -49,6 +49,8 @@ def cells(config: Config) -> Iterator[Cell]:
         for attack, classifier in pairs:
             for robustify in config.eps_robustify or (attack,):
                 for defense in config.eps_defense:
+                    if defense == 0.0 and recipe != "joint":
+                        continue  # that is the base classifier
                     yield Cell(recipe, attack, classifier, robustify, defense)
 
 
@@ -60,12 +62,11 @@ def line(summary: Mapping[str, Any]) -> str:
 
 def write(directory: Path, config: Config) -> Path:
     """Writes `table.md` and the pictures from the records that exist; returns the directory."""
-    found = {}
-    for cell in cells(config):
-        record = records.read(directory / "records", cell.name)
-        if record is not None:
-            found[cell] = record[0]
-    text = "\n\n".join([_heading(config, found), *_tables(config, found), *_compared(found), _notes(config)])
+    read = {cell: records.read(directory / "records", cell.name) for cell in cells(config)}
+    found = {cell: pair[0] for cell, pair in read.items() if pair is not None}
+    results = {cell: pair[1] for cell, pair in read.items() if pair is not None}
+    parts = [_heading(config, found), *_tables(config, found), *_compared(found), *_paired(results), _notes(config)]
+    text = "\n\n".join(parts)
     runs.publish(directory, text, found.values())
     if not runs.can_draw():
         return directory
@@ -153,6 +154,21 @@ def _compared(found: Mapping[Cell, Mapping[str, Any]]) -> Iterator[str]:
             f"intersected with IBP, alpha-CROWN has CROWN's hidden bounds and {a5_certificates.ALPHA_STEPS} steps for "
             f"the slopes of the margins.\n\n{report.markdown(header, rows)}"
         )
+
+
+def _paired(results: Mapping[Cell, Evaluation]) -> Iterator[str]:
+    """Compares each defended cell with the base classifier and with the recipe before it, image by image."""
+    rows = []
+    for cell, here in results.items():
+        for recipe in {"base": (), "joint": ("base", "online")}.get(cell.recipe, ("base",)):
+            radii = {"eps_robustify": 0.0, "eps_defense": 0.0} if recipe == "base" else {}
+            there = results.get(dataclasses.replace(cell, recipe=recipe, **radii))
+            if there is not None:
+                counts = report.paired(here.certified, there.certified)
+                rows.append([RECIPES[cell.recipe], *_radii(cell), RECIPES.get(recipe, "base"), *counts])
+    if rows:
+        header = ["recipe", "eps_A", "eps_A^C", "eps_A^R", "eps_D", "compared with", *report.PAIRED]
+        yield f"## The same test images, certified with one recipe and another\n\n{report.markdown(header, rows)}"
 
 
 def _notes(config: Config) -> str:

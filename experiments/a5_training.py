@@ -222,12 +222,14 @@ def _train_group(run: Run, jobs: list[Job]) -> None:
 
 def classifier_job(run: Run, eps: float) -> Job:
     """Describes the training of a classifier for the radius `eps`."""
-    schedule = run.config.base
+    settings, schedule = run.config, run.config.base
     params = run.classifier.model.init(_key(run, 0), data.to_float(run.train.images[:1]))["params"]
     loss = standard.cross_entropy(run.classifier)
     if eps > 0:
-        loss = certified.phases(run.classifier, Ball(run.norm, 0.0), eps=ramp(schedule, eps, len(run.train)))
-    return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1)
+        rising = ramp(schedule, settings.base_scale * eps, len(run.train))
+        loss = certified.phases(run.classifier, Ball(run.norm, 0.0), eps=rising)
+    transform = _augment(settings) if settings.base_augmented else None
+    return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1, transform=transform)
 
 
 def offline_job(run: Run, cell: Cell) -> Job:
@@ -334,6 +336,8 @@ def _augment(settings: Config) -> jax.tree_util.Partial:
     def transform(key: Key, batch: PyTree) -> PyTree:
         shift_key, rotation_key, flip_key = jax.random.split(key, 3)
         x, index = data.to_float(batch["x"]), batch["index"]
+        if settings.is_alike:  # every image draws what the first of the batch draws
+            index = jnp.broadcast_to(index[:1], index.shape)
         x = data.random_shift(shift_key, x, padding=settings.shift, index=index)
         if settings.rotation:
             x = data.random_rotation(rotation_key, x, degrees=settings.rotation, index=index)

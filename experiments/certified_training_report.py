@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments import runs
 from experiments.certified_training_presets import Config, Method
 from rdx.evaluate import ContradictionError, Evaluation, records, report
@@ -131,13 +129,12 @@ def _paired(found: Mapping[Method, tuple[dict[str, Any], Evaluation]]) -> str:
     base = next((pair[1] for method, pair in found.items() if method.kind == "ibp"), None)
     if base is None:
         return ""
-    header = ["method", "certified, not by IBP's net", "certified by IBP's net only"]
-    rows = []
-    for method, (_, result) in found.items():
-        if method.kind != "ibp":
-            gained = int(np.sum(result.certified & ~base.certified))
-            rows.append([method.name, str(gained), str(int(np.sum(base.certified & ~result.certified)))])
-    return "## The same test images, compared with the network trained by IBP\n\n" + report.markdown(header, rows)
+    header = ["method", *report.PAIRED]
+    rows = [
+        [method.name, *report.paired(result.certified, base.certified)]
+        for method, (_, result) in found.items() if method.kind != "ibp"
+    ]
+    return "## The same test images, certified by this net and by that of IBP\n\n" + report.markdown(header, rows)
 
 
 def _references(found: Mapping[Method, Any]) -> str:

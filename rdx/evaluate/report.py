@@ -5,10 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.stats
+
 from rdx.evaluate.benchmark import ContradictionError
+from rdx.types import ArrayLike
 
 # A run whose predictions fall into one class this often has collapsed: its errors say nothing about the method.
 _COLLAPSED = 0.9
+
+# What `paired` returns.
+PAIRED = ("only here", "only there", "both", "neither", "p")
 
 
 def is_collapsed(summary: Mapping[str, Any]) -> bool:
@@ -61,3 +68,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     temporary = Path(path).with_suffix(".partial")
     temporary.write_text(text if text.endswith("\n") else text + "\n")
     temporary.replace(path)
+
+
+def paired(here: ArrayLike, there: ArrayLike) -> list[str]:
+    """Compares two methods example by example: a row for the columns `PAIRED`.
+
+    The last number is the exact two-sided p-value of McNemar's test: how often a fair coin would split the examples on
+    which the two differ at least as unevenly. Where there are more examples of one, its first ones are compared.
+
+    Args:
+        here: outcome of each example with one method, bool, shape `[N]`.
+        there: outcome with the other, bool, shape `[M]`.
+
+    Returns:
+        Counts of the four outcomes and the p-value.
+    """
+    num = min(len(np.asarray(here)), len(np.asarray(there)))
+    a, b = np.asarray(here)[:num], np.asarray(there)[:num]
+    counts = [int(both.sum()) for both in (a & ~b, ~a & b, a & b, ~a & ~b)]
+    differing = counts[0] + counts[1]
+    p = scipy.stats.binomtest(counts[0], differing).pvalue if differing else 1.0
+    return [*map(str, counts), f"{p:.2g}"]

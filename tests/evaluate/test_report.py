@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from rdx import metrics
@@ -51,3 +52,11 @@ def test_text_is_replaced_at_once(tmp_path):
         report.write_text(path, text)
         assert path.read_text() == text.strip() + "\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_pairs_are_counted_and_tested():
+    here = np.array([True] * 12 + [False] * 8)
+    there = np.array([True] * 3 + [False] * 16 + [True])
+    # 9 only here, 1 only there: 2 (C(10, 0) + C(10, 1)) / 2^10.
+    assert report.paired(here, there) == ["9", "1", "3", "7", "0.021"]
+    assert report.paired(here, here[:4]) == ["0", "0", "4", "0", "1"]

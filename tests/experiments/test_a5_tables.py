@@ -47,13 +47,14 @@ def test_the_table_has_every_recipe(finished):
     text = (finished / "table.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         "Base classifiers", "A5/O", "A5/R", "A5/RC", "Certified error by method",
+        "The same test images, certified with one recipe and another",
     ]
     rows = re.findall(r"^\| 0\.05 .*$", text, re.MULTILINE)
     assert len(rows) == len(_cells()) == 4
     assert all(re.search(r"\d\d?\.\d\d \[\d\d?\.\d\d, \d+\.\d\d\]", row) for row in rows)
     assert [len(re.findall(r" dB, 0\.\d\d ", row)) for row in rows] == [0, 1, 1, 1]
     compared = re.findall(r"^\| (?:base|A5/\w+) .*$", text, re.MULTILINE)
-    assert len(compared) == 4
+    assert len(compared) == 4 + 4  # by method, then A5/O, A5/R and A5/RC beside the base classifier, A5/RC beside A5/R
     assert "AutoAttack, version standard (APGD-CE, APGD-T and FAB-T with 5 steps, Square with 20 queries)" in text
     assert "on the first 32, which is all that it optimises" in text
     assert "collapsed" not in text
@@ -183,9 +184,24 @@ def test_a_directory_of_other_settings_is_refused(finished):
     assert (finished / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize("is_alike", [False, True])
+def test_augmentation_draws_for_each_image_or_for_the_batch(is_alike, tmp_path):
+    settings = dataclasses.replace(
+        killed_run.settings("digits", "smoke"), shift=2, is_alike=is_alike, base_augmented=True, base_scale=1.5
+    )
+    run = a5_training.prepare(settings, tmp_path, claimed=settings)
+    job = a5_training.classifier_job(run, 0.05)
+    assert float(job.loss[-1].loss.args[1].eps.eps) == pytest.approx(0.075)
+    x = np.broadcast_to(run.train.images[:1], (8, *run.train.images.shape[1:]))
+    moved = np.asarray(job.transform(jax.random.key(3), {"x": x, "index": np.arange(8, dtype=np.int32)})["x"])
+    assert not np.array_equal(moved[0], x[0] / np.float32(255))
+    assert np.array_equal(moved, np.broadcast_to(moved[:1], moved.shape)) == is_alike
+
+
 def test_mistakes_are_named(tmp_path):
     for changes, message in (
         ({"dataset": "imagenet"}, "use one of digits"), ({"preset": "fast"}, "smoke, cpu or paper"),
+        ({"preset": "paper"}, "no digits"),
         ({"split": "all"}, "Unknown split"), ({"together": "all"}, "how many trainings"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -257,7 +273,9 @@ def test_cells_are_in_the_order_in_which_they_depend_on_each_other():
         assert len({cell.name for cell in cells}) == len(cells)
         num_classifiers = len(settings.eps_attack) * len(settings.eps_classifier)
         num_robustify = len(settings.eps_robustify) or 1
-        assert len(cells) == num_classifiers * (1 + 3 * num_robustify * len(settings.eps_defense))
+        positive = [eps for eps in settings.eps_defense if eps > 0]
+        num_defended = 2 * len(positive) + len(settings.eps_defense)  # without a budget only A5/RC trains anything
+        assert len(cells) == num_classifiers * (1 + num_robustify * num_defended)
         assert [cell.recipe for cell in cells[:num_classifiers]] == ["base"] * num_classifiers
         kinds = [cell.recipe for cell in cells]
         assert kinds.index("offline") < kinds.index("online") < kinds.index("joint")
