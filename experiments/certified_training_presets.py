@@ -115,7 +115,7 @@ METHODS = (
     Method("STAPS", "staps", 0.4, (0.2, 0.4, 0.7), radius=2.0, l1=2e-5),
     Method("MTL-IBP", "mtl_ibp", 0.01, (0.01, 0.04, 0.16), radius=2.0, l1=1e-5),
     Method("CC-IBP", "cc_ibp", 0.1, (0.03, 0.1, 0.3), radius=2.0, l1=2e-6),
-    Method("Exp-IBP", "exp_ibp", 0.4, (0.1, 0.2, 0.4), radius=2.0, l1=1e-5),
+    Method("Exp-IBP", "exp_ibp", 0.1, (0.05, 0.1, 0.2, 0.4), radius=2.0, l1=1e-5),
     # A row of coefficients for every hidden unit: two cores train a small dense net so.
     Method("convex outer polytope", "convex_outer", net=models.MLP((100, 100))),
     Method("linf-distance net", "linf_distance", 3.0, (1.5, 3.0), learning_rate=0.02),
