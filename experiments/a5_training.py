@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import runs
+from experiments import augmentation, runs
 from experiments.a5_presets import Config, Schedule
 from experiments.a5_report import Cell
 from experiments.batches import in_batches
@@ -331,21 +331,10 @@ def _falling(learning_rate: float, boundaries: tuple[int, ...]) -> optax.Schedul
     return optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(boundaries, 0.1))
 
 
-@functools.cache
-def _augment(settings: Config) -> jax.tree_util.Partial:
-    def transform(key: Key, batch: PyTree) -> PyTree:
-        shift_key, rotation_key, flip_key = jax.random.split(key, 3)
-        x, index = data.to_float(batch["x"]), batch["index"]
-        if settings.is_alike:  # every image draws what the first of the batch draws
-            index = jnp.broadcast_to(index[:1], index.shape)
-        x = data.random_shift(shift_key, x, padding=settings.shift, index=index)
-        if settings.rotation:
-            x = data.random_rotation(rotation_key, x, degrees=settings.rotation, index=index)
-        if settings.flip:
-            x = data.random_flip(flip_key, x, index=index)
-        return {**batch, "x": x}
-
-    return jax.tree_util.Partial(transform)
+def _augment(settings: Config) -> Callable[..., PyTree] | None:
+    return augmentation.transform(
+        shift=settings.shift, rotation=settings.rotation, flip=settings.flip, is_alike=settings.is_alike
+    )
 
 
 @functools.partial(jax.jit, static_argnames="robustifier")

@@ -3,7 +3,7 @@
     python -m experiments.certified_training --dataset digits --preset smoke   (seconds)
     python -m experiments.certified_training --dataset digits --preset cpu
     python -m experiments.certified_training --dataset mnist --preset cpu      (RDX_DATA_DIR names the data's directory)
-    python -m experiments.certified_training --dataset mnist --preset paper    (an accelerator)
+    python -m experiments.certified_training --dataset mnist --preset paper    (an accelerator; also mnist-0.3, cifar10)
     python -m experiments.certified_training --dataset mnist --preset cpu --tune 1
 
 Rows: IBP (Gowal et al. 2018), CROWN-IBP (Zhang et al. 2020), CROWN-IBP with loss fusion (Xu et al. 2020), Fast-IBP (Shi
@@ -40,9 +40,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments import augmentation, command_line, runs, tramer_runs
 from experiments import certified_training_methods as methods
 from experiments import certified_training_report as table
-from experiments import command_line, runs, tramer_runs
 from experiments.certified_training_presets import Config, Method, config
 from rdx import attacks, bounds, data
 from rdx.balls import Ball
@@ -56,7 +56,7 @@ class Arguments:
     """Command line.
 
     Attributes:
-        dataset: digits or mnist.
+        dataset: digits, mnist (radius 0.1), mnist-0.3 or cifar10 (radius 8/255).
         preset: smoke, cpu or paper.
         out: output directory; runs/certified_training/<dataset>-<preset> if empty.
         root: directory of the published data files; RDX_DATA_DIR if empty.
@@ -94,7 +94,7 @@ def main(arguments: Arguments) -> Path:
         num_test=settings.num_test, root=arguments.root, archive=arguments.archive,
     )
     suffix = "-tune" if arguments.tune else ""
-    directory = Path(arguments.out or f"runs/certified_training/{settings.dataset}-{settings.preset}{suffix}")
+    directory = Path(arguments.out or f"runs/certified_training/{arguments.dataset}-{settings.preset}{suffix}")
     runs.claim(directory, settings, parts.held_out if arguments.tune else parts.test)
     run = Run(settings, parts, directory, jax.random.key(settings.seed))
     for method in settings.methods:
@@ -152,6 +152,7 @@ def train(run: Run, method: Method, weight: float | None, name: str) -> tuple[Lo
     state, history = fit(
         methods.phases(settings, method, weight, per_epoch), start, optimizer,
         data.Loader(source, data.Sampler(len(source), batch_size, settings.seed), None),
+        transform=augmentation.transform(shift=settings.shift, flip=settings.flip),
         key=shared.key_of(run.key, f"train {method.kind}"), num_steps=(method.epochs or settings.epochs) * per_epoch,
         directory=run.directory / "checkpoints" / name, save_every=per_epoch, keep=1, log_every=per_epoch, label=name,
     )

@@ -1,8 +1,12 @@
 """The comparison of certified training from end to end on the embedded digits."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import certified_training, certified_training_presets, certified_training_report
+from experiments import certified_training_methods as methods
+from rdx.data import catalogue
 from rdx.evaluate import ContradictionError, records
 
 # One worker makes the run that all these tests look at.
@@ -68,8 +72,24 @@ def test_contradictions_are_refused():
         certified_training_report.line({**good, "attacked": {**rate, "count": 3}})
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "mnist-0.3", "cifar10"])
+def test_networks_fit_the_images_of_every_set(dataset):
+    for preset in ("smoke", "cpu", "paper"):
+        settings = certified_training_presets.config(dataset, preset)
+        assert settings.dataset == dataset.split("-")[0]
+        shape = catalogue.entry(settings.dataset)[0]
+        x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        kinds = {method.kind for method in settings.methods}
+        assert kinds == set(certified_training_report.REFERENCES)
+        for method in settings.methods:
+            net = methods.network(settings, method).model
+            assert jax.eval_shape(lambda x, net=net: net.init_with_output(jax.random.key(0), x)[0], x).shape == (2, 10)
+            radius = method.radius * settings.eps
+            assert settings.eps <= radius < 0.5
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match="digits, mnist"):
         certified_training_presets.config("svhn", "cpu")
-    with pytest.raises(ValueError, match="paper for mnist"):
+    with pytest.raises(ValueError, match="paper for all but digits"):
         certified_training_presets.config("digits", "paper")
