@@ -184,7 +184,7 @@ def train_together(run: Run, cells: Iterable[Cell], at_once: int) -> None:
     Args:
         run: the run.
         cells: which cells.
-        at_once: the largest number of jobs in one program; memory limits it.
+        at_once: the largest number of jobs in one program; where the device's memory runs out, half as many are tried.
     """
     cells = list(cells)
     stages = (
@@ -205,6 +205,18 @@ def train_together(run: Run, cells: Iterable[Cell], at_once: int) -> None:
 def _train_group(run: Run, jobs: list[Job]) -> None:
     if all((run.path(job.name) / str(job.num_steps)).exists() for job in jobs):
         return
+    try:
+        _train_at_once(run, jobs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(jobs) == 1:
+            raise
+        half = len(jobs) // 2
+        print(f"{len(jobs)} at once do not fit into memory: {half} instead", flush=True)
+        for part in (jobs[:half], jobs[half:]):
+            _train_group(run, part)
+
+
+def _train_at_once(run: Run, jobs: list[Job]) -> None:
     name = f"together-{hashlib.sha256(' '.join(job.name for job in jobs).encode()).hexdigest()[:12]}"
     first, optimizer = jobs[0], jobs[0].rule
     print(f"{len(jobs)} at once: {', '.join(job.name for job in jobs)}", flush=True)

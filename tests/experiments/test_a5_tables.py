@@ -184,6 +184,25 @@ def test_a_directory_of_other_settings_is_refused(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_trainings_that_do_not_fit_into_memory_together_are_halved(tmp_path, monkeypatch):
+    settings = killed_run.settings("digits", "smoke")
+    run = a5_training.prepare(settings, tmp_path, claimed=settings)
+    sizes = []
+
+    def too_many(losses, states, *args, **options):
+        sizes.append(len(losses))
+        if len(losses) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte.")
+        return states, [[]] * len(losses)
+
+    monkeypatch.setattr(a5_training, "fit_together", too_many)
+    monkeypatch.setattr(a5_training.shutil, "rmtree", lambda path: None)
+    cells = [dataclasses.replace(_cells()[0], eps_classifier=0.01 * (i + 1)) for i in range(5)]
+    a5_training.train_together(run, cells, 10)
+    assert sizes == [5, 2, 3, 1, 2]
+    assert len(list((tmp_path / "checkpoints").glob("classifier-*"))) == 5
+
+
 @pytest.mark.parametrize("is_alike", [False, True])
 def test_augmentation_draws_for_each_image_or_for_the_batch(is_alike, tmp_path):
     settings = dataclasses.replace(
