@@ -92,7 +92,7 @@ def in_norm(lab: Lab, norm: Norm) -> Run:
 
 
 def bounded_by(lab: Lab, method: Callable[..., Interval]) -> Run:
-    """Describes a run in which A5 prepares with other bounds throughout, and the classifier stays."""
+    """Describes a run in which A5 prepares with other bounds throughout, and the first classifier stays."""
     if method is bounds.ibp:
         # Without the share that CROWN-IBP has while the radius rises.
         plain = dataclasses.replace(lab.run.config, has_crown=False)

@@ -77,7 +77,7 @@ def _judged(lab: Lab, recipe: str, maker: str, judge: str) -> tuple[LogitsFn, Ar
 
 def _norms(lab: Lab) -> Iterator[Row]:
     for norm, eps in lab.config.norms:
-        for recipe in ("base", "offline", "online"):
+        for recipe in DEFENCES:
             make = functools.partial(_in_norm, lab, norm, eps, recipe)
             yield Row("norms", (norm, f"{eps:g}"), DEFENCES[recipe], make, Ball(norm, eps))
 
@@ -92,8 +92,7 @@ def _looseness(lab: Lab) -> Iterator[Row]:
     rows = {
         ("base", "-"): functools.partial(made_for, lab, presets.CERTIFIED, "base"),
         **{(recipe, name): functools.partial(_bounded_by, lab, method, recipe)
-           for recipe in ("offline", "online") for name, method in methods.items()},
-        ("joint", "as in the tables"): functools.partial(made_for, lab, presets.CERTIFIED, "joint"),
+           for recipe in ("offline", "online", "joint") for name, method in methods.items()},
     }
     for (recipe, trained), make in rows.items():
         yield Row(
