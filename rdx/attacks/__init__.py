@@ -4,7 +4,7 @@ from rdx.attacks import adaptive
 from rdx.attacks.adaptive import bpda, ensemble, eot, eot_report, stochastic_success, straight_through
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
-from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, suite
+from rdx.attacks.autoattack import autoattack, autoattack_rand, cascade, cascade_rand, suite
 from rdx.attacks.base import limit
 from rdx.attacks.bim import bim
 from rdx.attacks.boundary import boundary
@@ -34,8 +34,8 @@ from rdx.attacks.zoo import zoo
 
 __all__ = [
     "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "boundary", "bpda",
-    "cascade", "cw", "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "ensemble", "eot", "eot_report",
-    "evolutionary", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior", "hopskipjump", "limit",
-    "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa", "square",
-    "stochastic_success", "straight_through", "suite", "transfer", "translation_invariant", "zoo",
+    "cascade", "cascade_rand", "cw", "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "ensemble", "eot",
+    "eot_report", "evolutionary", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior",
+    "hopskipjump", "limit", "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa",
+    "square", "stochastic_success", "straight_through", "suite", "transfer", "translation_invariant", "zoo",
 ]

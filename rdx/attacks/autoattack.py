@@ -1,7 +1,9 @@
 """AutoAttack: a cascade of complementary attacks without parameters to choose (Croce & Hein 2020, arXiv:2003.01690)."""
 
 import dataclasses
+import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,16 +27,26 @@ Attack: TypeAlias = Callable[..., AttackResult]
 
 
 class Cascade(NamedTuple):
-    """What a cascade found.
+    """What a cascade found; `rdx.evaluate.report.cascade_table` makes a table of it.
 
     Attributes:
         result: the strongest inputs, and what all attacks together cost each example.
-        broken_by: place of the attack that succeeded first; -1 where the clean input does already; the number of
-            attacks where all failed. Shape `[B]`, int32. So what stands after attack `i` is `broken_by > i`.
+        found_by: place of the attack that found the strongest input; -1 where that is the clean one. Shape `[B]`,
+            int32.
+        seconds: by attack, in their order, how long it ran, with compilation; NaN under an outer transformation.
     """
 
     result: AttackResult
-    broken_by: Array
+    found_by: Array
+    seconds: OrderedDict[str, ArrayLike]
+
+    @property
+    def broken_by(self) -> Array:
+        """Place of the attack that succeeded, `[B]`: -1 where the clean input does, the number of attacks where none.
+
+        So what stands after attack `i` is `broken_by > i`.
+        """
+        return jnp.where(self.result.success, self.found_by, len(self.seconds))
 
 
 def suite(
@@ -120,10 +132,15 @@ def autoattack_rand(
 ) -> AttackResult:
     """Attacks a random model by APGD-CE and APGD-DLR on the expected loss, and judges by fresh draws.
 
+    Each attack's input is given `num_draws` draws that no attack has seen. Only where clearly most of them are wrong,
+    by two standard errors, is an example spared the next attack; nobody stops on the draws of the search, on some of
+    which any example near the boundary succeeds by luck. Of the clean input and those found the one with the most
+    wrong draws counts, and has fallen where most of as many further draws are wrong, which had no part in the choice.
+
     Source: Croce & Hein (2020, arXiv:2003.01690, Sec. 5, version "rand"); gradients of expectations after Athalye et
     al. (2018, arXiv:1802.00420). The released code averages gradients, but believes one draw for the loss, and one for
-    success, so that long attacks succeed by luck; here the same draws give loss and gradient, and an example has fallen
-    where most of `num_draws` draws that no attack has seen are wrong.
+    success, so that long attacks succeed by luck; here the same draws give loss and gradient. For a table by attack
+    use `cascade_rand`.
 
     Args:
         key: one key.
@@ -134,30 +151,76 @@ def autoattack_rand(
         index: places in the data set, shape `[B]`, int; `0..B-1` by default.
         num_steps: steps of each attack.
         num_samples: draws for each gradient.
-        num_draws: fresh draws that judge.
-        loop: see `cascade`.
+        num_draws: fresh draws of each verdict.
+        loop: see `cascade`; its `max_queries` counts passes of `num_samples` draws.
 
     Returns:
-        The attack's result; passes are counted by draws.
+        The attack's result, whose loss is the share of the last draws that are wrong; passes are counted by draws.
 
     Raises:
-        ValueError: on unusable inputs or options, or NaN logits.
+        ValueError: on unusable inputs or options, NaN logits, or a loop that stops.
     """
-    draws_key, attack_key, judge_key = jax.random.split(key, 3)
-    logits_fn = adaptive.eot(draws_key, random_fn, num_samples)
+    return cascade_rand(
+        key, random_fn, x, labels, ball=ball, index=index, num_steps=num_steps, num_samples=num_samples,
+        num_draws=num_draws, loop=loop,
+    ).result
+
+
+def cascade_rand(
+    key: Key, random_fn: RandomLogitsFn, x: ArrayLike, labels: ArrayLike, *, ball: Ball,
+    index: ArrayLike | None = None, num_steps: int = 100, num_samples: int = 20, num_draws: int = 20,
+    loop: driver.Loop = driver.AUTO,
+) -> Cascade:
+    """Runs `autoattack_rand`, whose arguments and errors it has, and tells which attack broke what.
+
+    Source: Croce & Hein (2020, arXiv:2003.01690, Sec. 5, version "rand").
+    """
+    if loop.stop:
+        raise ValueError("Who stops at success on the draws of the search stops by luck: leave out stop=True.")
+    draws_key, attack_key, choice_key, judge_key = jax.random.split(key, 4)
+    search_fn = adaptive.eot(draws_key, random_fn, num_samples)
     climbed = {"apgd-ce": losses.cross_entropy, "apgd-dlr": losses.dlr}
     attacks = {
-        name: partial(_stopping, attack=apgd, num_steps=num_steps, goal=goals.expected(goals.misclassify(loss)))
+        name: partial(
+            _on_other_draws, search_fn=search_fn, num_samples=num_samples, num_draws=num_draws, num_steps=num_steps,
+            goal=goals.expected(goals.misclassify(loss)),
+        )
         for name, loss in climbed.items()
     }
-    goal = goals.expected(goals.misclassify())
-    found = cascade(attack_key, attacks, logits_fn, x, labels, ball=ball, goal=goal, index=index, loop=loop).result
-    rate = adaptive.stochastic_success(
-        judge_key, random_fn, found.x_adv, jnp.asarray(labels), num_draws=num_draws, index=index
+    found = cascade(
+        attack_key, attacks, adaptive.eot(choice_key, random_fn, num_draws), x, labels, ball=ball,
+        goal=goals.expected(goals.misclassify(_as_loss), _clearly), index=index,
+        loop=dataclasses.replace(loop, stop=False),
     )
-    return found._replace(
-        success=rate > 0.5, forwards=num_samples * found.forwards + num_draws, gradients=num_samples * found.gradients
+    result = found.result
+    share = adaptive.stochastic_success(
+        judge_key, random_fn, result.x_adv, jnp.asarray(labels), num_draws=num_draws, index=index
     )
+    # The verdict on the clean input was counted as one pass, the last one not at all.
+    forwards = result.forwards + (2 * num_draws - 1)
+    return found._replace(result=result._replace(success=share > 0.5, loss=share, forwards=forwards))
+
+
+def _as_loss(logits: Array, labels: Array) -> Array:
+    return losses.is_wrong(logits, labels).astype(logits.dtype)
+
+
+def _clearly(flags: Array, axis: int) -> Array:
+    """Tells whether more than half of the flags are true, by two standard errors `0.5 / sqrt(n)` of their share."""
+    num = flags.shape[axis]
+    return flags.mean(axis=axis) > 0.5 + num**-0.5
+
+
+def _on_other_draws(
+    key: Key, judged_fn: LogitsFn, x: ArrayLike, labels: ArrayLike, *, search_fn: LogitsFn, num_samples: int,
+    num_draws: int, **options: Any,
+) -> AttackResult:
+    """Searches on draws of its own, so that those by which the cascade judges stay unseen; counts passes by draws."""
+    del judged_fn
+    found = apgd(key, search_fn, x, labels, **options)
+    # The cascade adds one pass for its verdict.
+    forwards = num_samples * found.forwards + (num_draws - 1)
+    return found._replace(forwards=forwards, gradients=num_samples * found.gradients)
 
 
 def cascade(
@@ -190,23 +253,45 @@ def cascade(
         raise ValueError("A cascade needs at least one attack, and traces belong to a single one: run it on its own.")
     problem, found = base.begin(logits_fn, x, labels, ball, goal)
     places = jnp.arange(len(problem.labels)) if index is None else jnp.asarray(index)
-    broken_by = jnp.where(found.best.success, -1, len(attacks)).astype(jnp.int32)
-    store = None if loop.checkpoint is None or base.is_traced((key, found)) else Path(loop.checkpoint)
-    given, finished = (key, problem.x, problem.labels, problem.ball, places), 0
+    is_traced = base.is_traced((key, found))
+    # By arithmetic, which keeps how an array is sharded.
+    done = _Progress(found, 0 * found.forwards - 1, np.full(len(attacks), np.nan), np.int32(0))
+    store = None if loop.checkpoint is None or is_traced else Path(loop.checkpoint)
+    given = (key, problem.x, problem.labels, problem.ball, places)
     fingerprint = "" if store is None else resumption.digest(tuple(attacks), given)
     if store is not None and store.exists():
-        found, broken_by, finished = resumption.load(store, fingerprint, (found, broken_by, np.int32(0)))
-    for place, (name, attack) in list(enumerate(attacks.items()))[int(finished):]:
+        done = resumption.load(store, fingerprint, done)
+    for name, attack in list(attacks.items())[int(done.num_finished):]:
         run = partial(attack, jax.random.fold_in(key, zlib.crc32(name.encode())), problem.logits_fn)
         beside = None if store is None else store.with_suffix(f".{name}.npz")
-        new = _run_on_standing(partial(run, loop=dataclasses.replace(loop, checkpoint=beside)), problem, found, places)
-        broken_by = jnp.where(new.best.success & ~found.best.success, place, broken_by)
-        found = new
+        run = partial(run, loop=dataclasses.replace(loop, checkpoint=beside))
+        done = _advance(run, problem, done, places, is_timed=not is_traced)
         if store is not None:
-            resumption.save(store, fingerprint, (found, broken_by, np.int32(place + 1)))
+            resumption.save(store, fingerprint, done)
     if store is not None:
         store.unlink(missing_ok=True)
-    return Cascade(base.report(problem, found), broken_by)
+    seconds = OrderedDict(zip(attacks, done.seconds.tolist(), strict=True))
+    return Cascade(base.report(problem, done.found), done.found_by, seconds)
+
+
+class _Progress(NamedTuple):
+    """What the attacks that have finished found, which of them found it, and how long each took."""
+
+    found: base.Found
+    found_by: Array  # [B], int32
+    seconds: np.ndarray  # [number of attacks]
+    num_finished: np.int32
+
+
+def _advance(attack: Attack, problem: base.Problem, done: _Progress, index: Array, *, is_timed: bool) -> _Progress:
+    """Runs the next attack."""
+    started, place = time.perf_counter(), int(done.num_finished)
+    found = _run_on_standing(attack, problem, done.found, index)
+    is_new = (found.best.x != done.found.best.x).reshape(len(index), -1).any(axis=1)
+    found_by, seconds = jnp.where(is_new, place, done.found_by), done.seconds.copy()
+    if is_timed:
+        seconds[place] = time.perf_counter() - started
+    return _Progress(found, found_by, seconds, np.int32(place + 1))
 
 
 def _run_on_standing(attack: Attack, problem: base.Problem, found: base.Found, index: Array) -> base.Found:

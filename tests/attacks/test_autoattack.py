@@ -43,7 +43,8 @@ def test_an_example_falls_to_the_first_attack_that_breaks_it(norm, version, key)
         "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
         "plus": ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
     }[version]
-    result, broken_by = attacks.cascade(key, suite, model, x, labels, ball=ball)
+    cascade = attacks.cascade(key, suite, model, x, labels, ball=ball)
+    result, broken_by = cascade.result, cascade.broken_by
     assert ball.contains(result.x_adv, x).all()
     np.testing.assert_array_equal(result.success, losses.is_wrong(model(result.x_adv), labels))
     np.testing.assert_array_equal(broken_by == -1, losses.is_wrong(model(x), labels))
@@ -73,7 +74,8 @@ def test_each_attack_meets_what_still_stands_and_is_judged_by_the_model(key):
     x, labels, seen = jnp.full((20, 3), 0.4), jnp.zeros(20, jnp.int32), {name: [] for name in "abc"}
     rows = {"a": [0, 1, 5], "b": list(range(2, 14)), "c": [19]}
     suite = {name: partial(_breaking, rows=rows[name], seen=seen[name]) for name in rows}
-    result, broken_by = attacks.cascade(key, suite, model, x, labels, ball=Ball("linf", 0.1))
+    found = attacks.cascade(key, suite, model, x, labels, ball=Ball("linf", 0.1))
+    result, broken_by = found.result, found.broken_by
     expected = np.full(20, 3)
     expected[[19]], expected[2:14], expected[[0, 1, 5]] = 2, 1, 0
     np.testing.assert_array_equal(broken_by, expected)
@@ -153,6 +155,34 @@ def test_random_models_fall_where_most_draws_do(key):
     )
     assert noise.success.mean() > 0.9
     assert ball.contains(plain.x_adv, x).all()
+
+
+def _noisy_by_keys(model, keys, x):
+    noise = (jax.random.key_data(keys) >> 8).astype(jnp.float32) / 2**24 - 0.5
+    return model(x) + 6.0 * jnp.concatenate([noise, -noise], axis=1)
+
+
+def test_luck_on_the_draws_of_the_search_spares_nobody():
+    model, ball = _model(4), Ball("linf", EPS["linf"])
+    x = jax.random.uniform(jax.random.key(1), (200, 3, 3, 2))
+    labels, random_fn = model(x).argmax(axis=1), Partial(_noisy_by_keys, model)
+    found = attacks.cascade_rand(
+        jax.random.key(1), random_fn, x, labels, ball=ball, num_steps=10, num_samples=4, num_draws=21
+    )
+    result, broken_by = found.result, found.broken_by
+    rate = attacks.stochastic_success(jax.random.key(99), random_fn, result.x_adv, labels, num_draws=500)
+    # Were searches to stop, and examples to leave, by the draws of the search, 0.54 would fall.
+    assert (rate > 0.5).mean() > 0.65
+    np.testing.assert_allclose(result.success.mean(), (rate > 0.5).mean(), atol=0.04)
+    np.testing.assert_allclose(result.loss.mean(), rate.mean(), atol=0.02)
+    np.testing.assert_array_equal(result.success, broken_by < 2)
+    # 21 draws judge the clean input and what each attack found, and 21 the best of them; each draw counts.
+    num_attacks = result.gradients // (4 * 10)
+    assert set(num_attacks.tolist()) == {0, 1, 2}
+    assert (num_attacks >= np.asarray(found.found_by) + 1).all()
+    np.testing.assert_array_equal(result.forwards, 42 + num_attacks * (4 * 2 + 21))
+    with pytest.raises(ValueError, match="stops by luck"):
+        attacks.autoattack_rand(jax.random.key(1), random_fn, x, labels, ball=ball, loop=attacks.Loop(stop=True))
 
 
 def test_unusable_settings_name_the_cure(key):
