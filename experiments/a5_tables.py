@@ -48,9 +48,9 @@ from experiments import a5_certificates, a5_report, a5_training, batches, comman
 from experiments.a5_presets import Config, config
 from experiments.a5_training import Run
 from rdx import analyse, attacks, data, metrics
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
-from rdx.evaluate.shared import Attack
 from rdx.types import Array, LogitsFn
 
 

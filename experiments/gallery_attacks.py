@@ -13,7 +13,6 @@ from rdx import attacks
 from rdx.attacks import Loop
 from rdx.attacks.prgf import gradient_prior
 from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
-from rdx.evaluate import shared
 from rdx.types import AttackResult, LogitsFn, Norm
 
 WHITE, MINIMAL, SCORE, DECISION, TRANSFER, SUITE = (
@@ -206,5 +205,5 @@ def bind(
         options["loop"] = Loop(trace=trace, max_queries=budget)
     bound = functools.partial(attack, **options)
     if entry.kind == TRANSFER and substitute is not None:
-        return transfer(shared.keyed(bound), entry.substitute(substitute))
+        return transfer(bound, entry.substitute(substitute))
     return bound

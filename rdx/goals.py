@@ -37,6 +37,16 @@ class Goal(NamedTuple):
         """Tells where the goal is reached, shape `[B]`, bool."""
         return self.success_fn(output, labels, *self.data)
 
+    def check(self, num: int) -> None:
+        """Raises where the data are not those of `num` examples.
+
+        Raises:
+            ValueError: naming the shapes.
+        """
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(self.data)]
+        if any(shape[:1] != (num,) for shape in shapes):
+            raise ValueError(f"The goal's data have shapes {shapes}: give each of the {num} examples its own.")
+
 
 def misclassify(loss: LossFn = losses.cross_entropy) -> Goal:
     """Builds the untargeted goal: any label but the true one.

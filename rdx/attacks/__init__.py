@@ -27,6 +27,7 @@ from rdx.attacks.opt import opt
 from rdx.attacks.pgd import pgd
 from rdx.attacks.prgf import gradient_prior, prgf
 from rdx.attacks.rfgsm import rfgsm
+from rdx.attacks.signatures import keyed
 from rdx.attacks.spsa import spsa
 from rdx.attacks.square import square
 from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
@@ -36,6 +37,6 @@ __all__ = [
     "Loop", "adaptive", "apgd", "apgd_targeted", "autoattack", "autoattack_rand", "bim", "boundary", "bpda",
     "cascade", "cascade_rand", "cw", "cw_linf", "ddn", "deepfool", "diverse_inputs", "ead", "ensemble", "eot",
     "eot_report", "evolutionary", "fab", "fab_targeted", "fgsm", "fmn", "genattack", "gradient_prior",
-    "hopskipjump", "limit", "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa",
+    "hopskipjump", "keyed", "limit", "mim", "nattack", "nes", "opt", "pgd", "prgf", "rfgsm", "smoothing_kernel", "spsa",
     "square", "stochastic_success", "straight_through", "suite", "transfer", "translation_invariant", "zoo",
 ]

@@ -4,26 +4,25 @@ import dataclasses
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rdx import goals, losses, norms
-from rdx.attacks import adaptive, base, driver, resumption
+from rdx.attacks import adaptive, base, driver, resumption, signatures
 from rdx.attacks.apgd import apgd
 from rdx.attacks.apgd_targeted import apgd_targeted
 from rdx.attacks.fab import fab, fab_targeted
+from rdx.attacks.signatures import Attack
 from rdx.attacks.square import square
 from rdx.balls import Ball
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn, Norm, RandomLogitsFn
-
-Attack: TypeAlias = Callable[..., AttackResult]
 
 
 class Cascade(NamedTuple):
@@ -231,16 +230,19 @@ def cascade(
 
     Args:
         key: one key; every attack folds its name, so that what it finds does not depend on which others run.
-        attacks: by name, weakest first, each `(key, logits_fn, x, labels, *, ball, index, loop) -> AttackResult`.
+        attacks: by name, weakest first, each `(key, logits_fn, x, labels, *, ball, index, loop) -> AttackResult`, of
+            which it need not take `key`, `index` and `loop`. Settings that differ from example to example cannot be
+            bound to an attack, but for the data of its `goal`.
         logits_fn: what they attack.
         x: clean inputs, shape `[B, ...]`.
         labels: shape `[B]`, int.
         ball: the threat model.
         goal: what counts as success, and the loss that orders what fails; `goals.misclassify()` by default. What an
-            attack climbs is its own affair.
+            attack climbs is its own affair, by its bound `goal` or default; only a goal with data, such as targets, is
+            given to those attacks to which `functools.partial` has bound none.
         index: places in the data set, shape `[B]`, int; `0..B-1` by default.
         loop: given to every attack. With a `checkpoint`, what finished attacks found is kept there, and the state of
-            the one that runs beside it. Traces belong to single attacks.
+            the one that runs beside it; see `driver.Loop`. Traces belong to single attacks.
 
     Returns:
         The strongest inputs, and which attack broke what. An example pays for what ran on it and for one forward pass
@@ -257,21 +259,29 @@ def cascade(
     # By arithmetic, which keeps how an array is sharded.
     done = _Progress(found, 0 * found.forwards - 1, np.full(len(attacks), np.nan), np.int32(0))
     store = None if loop.checkpoint is None or is_traced else Path(loop.checkpoint)
-    given = (key, problem.x, problem.labels, problem.ball, places)
-    fingerprint = "" if store is None else resumption.digest(tuple(attacks), given)
+    settings = (tuple(attacks.items()), loop.stop, loop.max_queries)
+    fingerprint = "" if store is None else resumption.digest(settings, key, problem, places)
     if store is not None and store.exists():
         done = resumption.load(store, fingerprint, done)
     for name, attack in list(attacks.items())[int(done.num_finished):]:
-        run = partial(attack, jax.random.fold_in(key, zlib.crc32(name.encode())), problem.logits_fn)
         beside = None if store is None else store.with_suffix(f".{name}.npz")
-        run = partial(run, loop=dataclasses.replace(loop, checkpoint=beside))
-        done = _advance(run, problem, done, places, is_timed=not is_traced)
+        own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        call = _Call(attack, own_key, dataclasses.replace(loop, checkpoint=beside))
+        done = _advance(call, problem, done, places, is_timed=not is_traced)
         if store is not None:
             resumption.save(store, fingerprint, done)
     if store is not None:
         store.unlink(missing_ok=True)
     seconds = OrderedDict(zip(attacks, done.seconds.tolist(), strict=True))
     return Cascade(base.report(problem, done.found), done.found_by, seconds)
+
+
+class _Call(NamedTuple):
+    """An attack and what it is called with, whatever examples stand."""
+
+    attack: Attack
+    key: Key
+    loop: driver.Loop
 
 
 class _Progress(NamedTuple):
@@ -283,10 +293,10 @@ class _Progress(NamedTuple):
     num_finished: np.int32
 
 
-def _advance(attack: Attack, problem: base.Problem, done: _Progress, index: Array, *, is_timed: bool) -> _Progress:
+def _advance(call: _Call, problem: base.Problem, done: _Progress, index: Array, *, is_timed: bool) -> _Progress:
     """Runs the next attack."""
     started, place = time.perf_counter(), int(done.num_finished)
-    found = _run_on_standing(attack, problem, done.found, index)
+    found = _run_on_standing(call, problem, done.found, index)
     is_new = (found.best.x != done.found.best.x).reshape(len(index), -1).any(axis=1)
     found_by, seconds = jnp.where(is_new, place, done.found_by), done.seconds.copy()
     if is_timed:
@@ -294,27 +304,31 @@ def _advance(attack: Attack, problem: base.Problem, done: _Progress, index: Arra
     return _Progress(found, found_by, seconds, np.int32(place + 1))
 
 
-def _run_on_standing(attack: Attack, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
+def _run_on_standing(call: _Call, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
     """Runs one attack on the examples without success, and judges what it found by a forward pass."""
     if base.is_traced((problem, found)):
         # Nobody can be left out of an array whose values are not known: all take part, those that stand count.
-        return base.choose(found.best.success, found, _run_on_all(attack, problem, found, index))
+        return base.choose(found.best.success, found, _run_on_all(call, problem, found, index))
     standing = np.flatnonzero(~np.asarray(found.best.success))
     if not len(standing):
         return found
     if len(standing) == len(index):
-        return _run_on_all(attack, problem, found, index)
-    size = min(len(index), driver.size_for(len(standing)))
-    rows = np.resize(standing, size)
+        return _run_on_all(call, problem, found, index)
+    rows = np.resize(standing, min(len(index), driver.size_for(len(standing))))
+    call = call._replace(attack=signatures.restrict(call.attack, rows, len(index)))
     before = jax.tree.map(lambda leaf: leaf[rows], found)
-    after = _run_on_all(attack, base.take(problem, rows), before, index[rows])
+    after = _run_on_all(call, base.take(problem, rows), before, index[rows])
     return jax.tree.map(
         lambda old, new: old.at[standing].set(new[: len(standing)]), found, after,
     )
 
 
-def _run_on_all(attack: Attack, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
-    result = attack(problem.x, problem.labels, ball=problem.ball, index=index)
+def _run_on_all(call: _Call, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
+    attack, options = signatures.keyed(call.attack), {}
+    if problem.goal.data and signatures.bound_goal(call.attack) is None:
+        options["goal"] = problem.goal
+    given = (call.key, problem.logits_fn, problem.x, problem.labels)
+    result = attack(*given, ball=problem.ball, index=index, loop=call.loop, **options)
     seen = base.call(base.evaluate, problem, result.x_adv)
     return base.spend(found, seen, forwards=1 + result.forwards, gradients=result.gradients)
 

@@ -126,16 +126,20 @@ def begin(
         The problem, and the clean inputs as the first candidates, on each of which one forward pass was spent.
 
     Raises:
-        ValueError: on unusable inputs, labels or balls, and on a model that returns NaN for clean inputs.
+        ValueError: on unusable inputs, labels, balls or data of the goal, on an empty batch, and on a model that
+            returns NaN for clean inputs.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"Inputs are {x.dtype}: convert images to float in [0, 1], such as x.astype('float32') / 255.")
+    if not x.size:
+        raise ValueError(f"Inputs have shape {x.shape}: an attack needs at least one example, leave out empty batches.")
     ball.check(x)
     balls.check_labels(labels, x)
     eps, low, high = (jnp.asarray(value, x.dtype) for value in (ball.eps, ball.low, ball.high))
     ball = dataclasses.replace(ball, eps=eps, low=low, high=high)
     goal = goals.misclassify() if goal is None else goal
+    goal.check(len(x))
     problem = Problem(compilation.as_partial(logits_fn), ball, goal, x, jnp.asarray(labels))
     output, clean = call(_forward, problem, x)
     # A goal may read any output (a detector's pair, say); a single matrix holds the logits of K classes.

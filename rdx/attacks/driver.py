@@ -50,7 +50,9 @@ class Loop:
         chunk: steps between two calls of `progress`, two files at `checkpoint` and two chances to drop what is done.
         progress: called with the steps taken, the steps in all and the examples still running.
         checkpoint: a file in which the state is kept; a run that was interrupted goes on from there, and the file
-            disappears at the end. Neither this nor `progress` has an effect under an outer transformation.
+            disappears at the end. That of another run is refused, as far as runs can be told apart: not by what a
+            plain closure holds, see `resumption.digest`. Neither this nor `progress` has an effect under an outer
+            transformation.
     """
 
     kind: Literal["auto", "host", "compiled"] = "auto"
@@ -260,7 +262,7 @@ class _Run:
             if self.loop.checkpoint is not None:
                 place = np.array([r, end, self.standing])
                 tree = (state, self.whole, self.rows, self._trace_so_far(), place)
-                resumption.save(self.loop.checkpoint, self._fingerprint(), tree)
+                resumption.save(self.loop.checkpoint, self._fingerprint, tree)
         self._keep(_call_finish(self.plan, self.context, state))
 
     def _advance(self, state: Any, first: int, last: int) -> Any:
@@ -330,11 +332,9 @@ class _Run:
         self.traces.append(jax.tree.map(lambda end: jnp.repeat(end[None], missing, axis=0), ends))
         return self._trace_so_far()
 
+    @functools.cached_property
     def _fingerprint(self) -> str:
-        step, problem = self.plan.method.step, self.all_context.problem
-        numbers = (self.num_steps, self.num_restarts, self.plan.stop, self.plan.max_queries, self.plan.trace)
-        inputs = (problem.x, problem.labels, problem.goal.data, problem.ball, self.all_keys)
-        return resumption.digest((step.__module__, step.__qualname__, *numbers), inputs)
+        return resumption.digest(self.plan, self.all_context, self.all_keys, self.num_steps, self.num_restarts)
 
     def _resume(self) -> tuple[Any, int, int]:
         if self.loop.checkpoint is None or not Path(self.loop.checkpoint).exists():
@@ -342,7 +342,7 @@ class _Run:
         state = jax.eval_shape(functools.partial(_init, self.plan), self.context, self.keys, self.whole, np.int32(0))
         trace = _observe(self.all_context.problem, self.whole) if self.plan.trace else None
         like = (state, self.whole, self.rows, trace, self.rows)
-        state, self.whole, rows, trace, place = resumption.load(self.loop.checkpoint, self._fingerprint(), like)
+        state, self.whole, rows, trace, place = resumption.load(self.loop.checkpoint, self._fingerprint, like)
         self.traces = [] if trace is None else [trace]
         self._take(np.asarray(rows), int(place[2]))
         return state, int(place[0]), int(place[1])

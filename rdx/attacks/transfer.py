@@ -5,10 +5,9 @@ The wrappers turn the substitute into another model and compose with every attac
     transfer(partial(pgd, num_steps=20), translation_invariant(diverse_inputs(key, net), smoothing_kernel()))
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,20 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
-from rdx.attacks import base, driver
+from rdx.attacks import base, driver, signatures
 from rdx.attacks.adaptive import point_keys
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, AttackResult, Key, LogitsFn
 
-Attack: TypeAlias = Callable[..., AttackResult]
-
 
 def transfer(attack: Attack, substitute: LogitsFn, *, lift: Callable[[Goal], Goal] | None = None) -> Attack:
     """Makes an attack craft its inputs on a substitute and be judged at the target, of which it knows nothing else.
 
-    What it returns is called as the attack itself is, with or without a key, and passes other options on. The input
+    What it returns is called as the attack itself is, with or without a key, and passes other options on, `index` and
+    `loop` where the attack takes them. The input
     that is strongest against the substitute is crafted; where it does not gain at the target, the clean input is
     returned, because the strongest input seen is. What withstands transfer is not shown to be robust.
 
@@ -45,9 +44,9 @@ def transfer(attack: Attack, substitute: LogitsFn, *, lift: Callable[[Goal], Goa
         The attack. In its result success and loss are the target's, and so are the counts: two forward passes, of the
         clean and of the crafted input, and no gradient. Its `loop` has no trace, which would be the substitute's.
     """
-    parameters = inspect.signature(attack).parameters.values()
-    takes_key = any(parameter.name == "key" or parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    return partial(_transfer_with_key if takes_key else _transfer, attack, as_partial(substitute), lift)
+    attack, takes_key = signatures.keyed(attack), signatures.takes_key(attack)
+    call, attack = (_transfer_with_key, attack) if takes_key else (_transfer, partial(attack, None))
+    return partial(call, attack, as_partial(substitute), lift)
 
 
 def _transfer_with_key(

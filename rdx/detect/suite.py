@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 from rdx import attacks
-from rdx.attacks.autoattack import Attack, Cascade
+from rdx.attacks.autoattack import Cascade
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.compilation import as_partial
 from rdx.detect import extra_class, joint_loss, matching, selective, thresholds

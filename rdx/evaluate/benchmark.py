@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdx import bounds, compilation
-from rdx.attacks import resumption
+from rdx.attacks import resumption, signatures
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import shared
 from rdx.evaluate.diagnostics import diagnose
-from rdx.evaluate.shared import Attack
 from rdx.types import Array, ArrayLike, Key, LogitsFn, RandomLogitsFn
 
 # A method of `rdx.bounds`, `(fn, region, *args) -> Interval`.
@@ -88,7 +88,9 @@ def evaluate(
         x: inputs, shape `[N, ...]`.
         labels: shape `[N]`, int.
         ball: the attacker's ball; one `eps` for all examples.
-        attacks: by name, each `(key, logits_fn, x, labels, *, ball, index) -> AttackResult`, weakest first.
+        attacks: by name, weakest first, each `(key, logits_fn, x, labels, *, ball, index) -> AttackResult`, of which it
+            need not take `key` and `index`. Settings that differ from example to example cannot be bound to an attack,
+            but for the data of its `goal`; whatever that is, broken is what is misclassified.
         method: how to certify; or several methods, the cheapest first, of which each is tried on the correct examples
             that those before left open, such as `(bounds.ibp, bounds.crown_ibp, bounds.crown)`.
         num_attacked: size of the counted subset; all by default.
@@ -97,7 +99,9 @@ def evaluate(
         index: place of each example in the data set, shape `[N]`; 0..N-1 by default.
         on_progress: called with a stage's name, the examples done and their total.
         checkpoint: a file in which certificates and every finished batch of attacks are kept; an evaluation that was
-            interrupted goes on from there, and the file disappears at the end.
+            interrupted goes on from there, and the file disappears at the end. That of another evaluation is refused,
+            as far as they can be told apart: not by what a plain closure holds, see
+            `rdx.attacks.resumption.digest`.
         is_diagnosed: whether the first examples are searched for signs that the attacked error is an illusion.
         random_fn: `(keys [B], x) -> logits`, a random model that `logits_fn` stands for, by the mean of some draws say.
             It is diagnosed in its place, but for the certificates, which are of `logits_fn`.
@@ -115,9 +119,9 @@ def evaluate(
     shared.check_inputs(logits_fn, x, label, ball)
     index = np.arange(len(label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     methods = (method,) if callable(method) else tuple(method)
-    names = tuple(name for each in methods for name in (each.__module__, each.__qualname__))
-    settings = (tuple(attacks), num_attacked, cross_check, batch_size, *names)
-    store = _Store(checkpoint, resumption.digest(settings, (key, logits_fn, x, label, index, ball)))
+    settings = (tuple(attacks.items()), methods, num_attacked, cross_check, batch_size)
+    given = (settings, key, logits_fn, x, label, index, ball)
+    store = _Store(checkpoint, "" if checkpoint is None else resumption.digest(*given))
     if (saved := store.load()) is None:
         certificates = _certify(logits_fn, x, label, ball, methods, batch_size, report)
         saved = _Progress(*certificates, _nothing_found(len(label)), np.array([0, 0]))
@@ -224,7 +228,8 @@ def _attack(
         standing = rows[np.isin(found["broken_by"][rows], (-1, number))]
         done, attack_key = begun if number == first else 0, shared.key_of(key, name)
         for taken, filled in shared.walk(standing[done:], batch_size):
-            result = attack(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
+            run = signatures.keyed(signatures.restrict(attack, filled, len(x)))
+            result = run(attack_key, logits_fn, x[filled], labels[filled], ball=ball, index=index[filled])
             shared.check_attacked(name, result.x_adv, x[filled], ball)
             predicted = np.asarray(shared.predict_compiled(logits_fn, result.x_adv))[: len(taken)]
             # Success is what a fresh forward pass at full precision says, not what the attack believes.

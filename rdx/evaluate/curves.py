@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from rdx import metrics
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import records
-from rdx.evaluate.shared import Attack
 from rdx.evaluate.trials import Outcome, Trials
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, Key, LogitsFn

@@ -1,10 +1,8 @@
 """What evaluations share: batches that are filled up, verdicts by a fresh forward pass, what attacks must keep to."""
 
 import dataclasses
-import inspect
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +10,7 @@ import numpy as np
 
 from rdx.attacks import driver
 from rdx.balls import Ball, check_labels
-from rdx.types import Array, AttackResult, Key, LogitsFn
-
-# (key, logits_fn, x, labels, *, ball, index) -> AttackResult
-Attack: TypeAlias = Callable[..., AttackResult]
-
-
-def keyed(attack: Callable[..., AttackResult]) -> Attack:
-    """Gives a deterministic attack, such as FGSM, the arguments `key` and `index` that it does not take.
-
-    Args:
-        attack: any attack, its settings bound with `functools.partial`.
-
-    Returns:
-        `(key, logits_fn, x, labels, *, ball, index, ...) -> AttackResult`; an attack that takes a key, or any
-        positional arguments, as it is.
-    """
-    parameters = inspect.signature(attack).parameters.values()
-    if any(parameter.name == "key" or parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return attack
-
-    def with_key(key: Key, *args: Any, index: Any = None, **options: Any) -> AttackResult:
-        del key, index
-        return attack(*args, **options)
-
-    return with_key
+from rdx.types import Array, Key, LogitsFn
 
 
 def key_of(key: Key, name: str) -> Key:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdx import compilation, goals
+from rdx.attacks import signatures
+from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import shared
-from rdx.evaluate.shared import Attack
 from rdx.goals import Goal
 from rdx.types import Array, ArrayLike, Key, LogitsFn, Trace
 
@@ -45,7 +46,7 @@ class Trials:
         self.label = np.asarray(labels)
         self.index = np.arange(len(self.label), dtype=np.int32) if index is None else np.asarray(index, np.int32)
         self._key, self._x, self._ball, self._goal, self._batch_size = key, x, ball, goal, batch_size
-        self._logits_fn, self._attack = compilation.as_partial(logits_fn), shared.keyed(attack)
+        self._logits_fn, self._attack = compilation.as_partial(logits_fn), attack
         self._name = getattr(getattr(attack, "func", attack), "__name__", "attack")
         if np.ndim(ball.eps):
             raise ValueError(f"eps has shape {np.shape(ball.eps)}: a curve has one axis, give a scalar.")
@@ -76,7 +77,8 @@ class Trials:
             ball = dataclasses.replace(self._ball, eps=jnp.asarray(eps[filled], x.dtype))
             options = {} if self._goal is None else {"goal": self._goal_of(filled)}
             key = jax.random.fold_in(self._key, number)
-            result = self._attack(key, self._logits_fn, x, labels, ball=ball, index=self.index[filled], **options)
+            attack = signatures.keyed(signatures.restrict(self._attack, filled, len(self.label)))
+            result = attack(key, self._logits_fn, x, labels, ball=ball, index=self.index[filled], **options)
             shared.check_attacked(self._name, result.x_adv, x, ball)
             success = self._judge(result.x_adv, filled)
             distance = np.where(success, np.asarray(ball.distance(result.x_adv, x), np.float64), np.inf)

@@ -128,6 +128,14 @@ def test_it_goes_on_where_it_was_interrupted(after, tmp_path, key):
 
     with pytest.raises(_KilledError):
         run(loop=attacks.Loop(chunk=4, checkpoint=path, progress=kill))
+    if path.exists():  # the first attack has finished
+        other = Partial(_mlp, tuple(2.0 * leaf for leaf in model.args[0]))
+        for options in ({"num_steps": 9}, {"logits_fn": other}):
+            with pytest.raises(ValueError, match="delete it or name"):
+                attacks.autoattack(**{
+                    "key": key, "logits_fn": model, "x": x, "labels": labels, "ball": Ball("linf", 0.03), **FEW,
+                    "loop": attacks.Loop(chunk=4, checkpoint=path), **options,
+                })
     found = run(loop=attacks.Loop(chunk=4, checkpoint=path, progress=lambda *numbers: again.append(numbers)))
     expected = run(loop=attacks.Loop(chunk=4, progress=lambda *numbers: calls.append(numbers)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

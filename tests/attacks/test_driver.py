@@ -53,10 +53,20 @@ def _over(threshold):
     return Goal(Partial(lambda z, y, t: z[:, 0] - t), Partial(lambda z, y, t: z[:, 0] > t), data)
 
 
-def _climb(x, threshold, loop=driver.AUTO, *, gain=1.0, num_steps=7, num_restarts=1, stops=True):
+_SUM = Partial(_sum)
+
+
+def _mean(x):
+    return x.mean(axis=1, keepdims=True)
+
+
+def _climb(
+    x, threshold, loop=driver.AUTO, *, gain=1.0, num_steps=7, num_restarts=1, stops=True, model=_SUM,
+    norm="linf",
+):
     x = jnp.asarray(x, jnp.float32)
-    ball = Ball("linf", 100.0, -jnp.inf, jnp.inf)
-    problem, found = base.begin(Partial(_sum), x, jnp.zeros(len(x), int), ball, _over(threshold))
+    ball = Ball(norm, 100.0, -jnp.inf, jnp.inf)
+    problem, found = base.begin(model, x, jnp.zeros(len(x), int), ball, _over(threshold))
     return driver.run(
         METHOD, _Context(problem, jnp.asarray(gain)), base.example_keys(jax.random.key(0), x), found,
         num_steps=num_steps, num_restarts=num_restarts, stops=stops, loop=loop,
@@ -184,7 +194,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
     with pytest.raises(_KilledError):
         _climb(X, THRESHOLD, dataclasses.replace(loop, progress=kill))
-    for others in ({"x": X + 1}, {"threshold": THRESHOLD + 1}, {"num_steps": 8}):
+    for others in (
+        {"x": X + 1}, {"threshold": THRESHOLD + 1}, {"num_steps": 8}, {"gain": 2.0}, {"model": Partial(_mean)},
+        {"norm": "l2"},
+    ):
         with pytest.raises(ValueError, match="delete it or name another file"):
             _climb(**{"x": X, "threshold": THRESHOLD} | others, loop=loop)
 

@@ -322,8 +322,10 @@ def test_the_checkpoint_of_another_evaluation_is_refused(tmp_path):
 
     with pytest.raises(_KilledError):
         _run(on_progress=kill, checkpoint=path)
-    with pytest.raises(ValueError, match="delete it or name another file"):
-        _run(checkpoint=path, ball=Ball("linf", 0.2))
+    others = {"pgd": functools.partial(attacks.pgd, num_steps=11), "apgd": APGD}
+    for options in ({"ball": Ball("linf", 0.2)}, {"attack_set": others}):
+        with pytest.raises(ValueError, match="delete it or name"):
+            _run(checkpoint=path, **options)
     # As once: whether, not by which method, an example is certified. Read as places all would be certified.
     with np.load(path) as file:
         leaves = dict(file)

@@ -1,15 +1,10 @@
-"""Batches that are filled up, and attacks with and without keys."""
-
-import functools
+"""Batches that are filled up, keys by name, predictions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
-from rdx import attacks
-from rdx.balls import Ball
 from rdx.evaluate import shared
 
 
@@ -22,25 +17,6 @@ def test_walk_visits_every_row_once_and_fills_up(num, sizes):
     for taken, filled in batches:
         np.testing.assert_array_equal(filled[: len(taken)], taken)
         assert (filled[len(taken) :] == taken[0]).all()
-
-
-def _affine(weights, x):
-    return x @ weights
-
-
-def test_attacks_with_and_without_keys_are_called_alike(key):
-    model, x, labels = Partial(_affine, jnp.eye(2)), jnp.array([[0.6, 0.4], [0.9, 0.1]]), jnp.zeros(2, jnp.int32)
-    options = {"ball": Ball("linf", 0.15), "index": np.arange(2)}
-    for attack in (attacks.fgsm, functools.partial(attacks.pgd, num_steps=3), functools.partial(attacks.bim)):
-        found = shared.keyed(attack)(key, model, x, labels, **options)
-        np.testing.assert_array_equal(found.success, [True, False])
-
-    def anything(*args, **options):
-        return args, options
-
-    assert shared.keyed(attacks.pgd) is attacks.pgd
-    assert shared.keyed(anything) is anything
-    assert shared.keyed(shared.keyed(attacks.fgsm))(key, model, x, labels, **options).success[0]
 
 
 def test_the_key_of_an_attack_is_its_names(key):
