@@ -112,6 +112,11 @@ def _samples(config: Config) -> dict[str, Any]:
     return {"num_steps": max(1, config.num_queries // config.num_samples), "num_samples": config.num_samples}
 
 
+def _guided(config: Config) -> dict[str, Any]:
+    # A step that follows the prior alone costs two queries: the budget ends the attack, not the number of steps.
+    return {"num_steps": max(1, config.num_queries // 2), "num_samples": config.num_samples}
+
+
 def _coordinates(config: Config) -> dict[str, Any]:
     # A single constant, as the paper has it where queries are dear; two queries a coordinate.
     return {"num_searches": 1, "initial_c": 10.0, "num_coordinates": max(1, config.num_samples // 2),
@@ -151,7 +156,7 @@ ENTRIES = (
     Entry("spsa", SCORE, TWO, _samples),
     Entry("nattack", SCORE, TWO, _samples),
     Entry("prgf", SCORE, TWO, _samples, label="rgf"),
-    Entry("prgf", SCORE, TWO, _samples, prior=True),
+    Entry("prgf", SCORE, TWO, _guided, prior=True),
     Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
     Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
     Entry("zoo", SCORE, L2, _coordinates, seeks_distance=True),

@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from PIL import Image
 
 from experiments import attack_gallery, gallery_attacks, gallery_presets, gallery_report
 from experiments.gallery_attacks import ENTRIES, TRANSFER, WHITE, cases
 from rdx import attacks
+from rdx.balls import Ball
 from rdx.evaluate import curves
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -191,6 +194,24 @@ def test_the_papers_numbers_stand_beside_ours_on_its_data_only(finished):
     assert row.case.entry.name == "fgsm"
     assert gallery_report._row(row, "robust", quotes=True)[-1] == "0.039, 56.0"
     assert "paper" not in (finished / "table.md").read_text().split("Robust accuracy in percent")[0]
+
+
+@pytest.mark.parametrize("is_useful", [True, False])
+def test_the_guided_attack_spends_its_budget(is_useful):
+    config = dataclasses.replace(gallery_presets.config("smoke"), num_queries=100, num_samples=10)
+    (entry,) = (entry for entry in ENTRIES if entry.prior)
+    net, other = (Partial(_affine, jax.random.normal(jax.random.key(i), (4, 3))) for i in range(2))
+    x = jax.random.uniform(jax.random.key(2), (8, 4))
+    attack = gallery_attacks.bind(entry, config, net if is_useful else other)
+    found = attack(jax.random.key(3), net, x, net(x).argmax(axis=1), ball=Ball("linf", 0.001))
+    assert not found.success.any()
+    # No step is begun beyond the budget; the longest has 10 samples, 10 for the norm, the point and the prior.
+    assert (found.forwards >= 100).all()
+    assert (found.forwards < 100 + 22).all()
+
+
+def _affine(weights, x):
+    return (x - 0.5) @ weights
 
 
 def test_substitutes_are_asked_for():
