@@ -1,4 +1,4 @@
-"""Tables in the layout of papers, made from records only."""
+"""Tables in the layout of papers, made from records only, and of what a cascade of attacks found."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from rdx.attacks.autoattack import Cascade
 from rdx.evaluate.benchmark import ContradictionError
 from rdx.types import ArrayLike
 
@@ -61,6 +62,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [header, *rows]
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def cascade_table(found: Cascade) -> str:
+    """Formats what a cascade found, such as AutoAttack, attack by attack.
+
+    Args:
+        found: from `attacks.cascade` or `attacks.cascade_rand`.
+
+    Returns:
+        A markdown table of each attack's name, the share of all examples that stand after it, how many it broke, and
+        how long it ran; the first row is that of the clean inputs.
+    """
+    broken_by = np.asarray(found.broken_by)
+    rows = [
+        [name, f"{100 * (broken_by > place).mean():.2f}", str((broken_by == place).sum()), time]
+        for place, (name, time) in enumerate(
+            [("clean", "-"), *((name, f"{float(spent):.1f}") for name, spent in found.seconds.items())], start=-1
+        )
+    ]
+    return markdown(["attack", "robust after, %", "broken", "seconds"], rows)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
