@@ -37,7 +37,7 @@ class Cascade(NamedTuple):
 
     result: AttackResult
     found_by: Array
-    seconds: OrderedDict[str, ArrayLike]
+    seconds: OrderedDict[str, float]
 
     @property
     def broken_by(self) -> Array:

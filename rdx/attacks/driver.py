@@ -25,6 +25,7 @@ import numpy as np
 from rdx.attacks import base, resumption
 from rdx.attacks.base import Found, Problem
 from rdx.compilation import cpu_options
+from rdx.progress import bar
 from rdx.types import Array, ArrayLike, Key, Trace
 
 # Examples that run are never fewer than this in an array: compiling for less does not pay.
@@ -48,7 +49,8 @@ class Loop:
         max_queries: no step is begun for an example that has spent so many forward passes and gradients together.
         trace: whether the result tells the course of the attack, step by step.
         chunk: steps between two calls of `progress`, two files at `checkpoint` and two chances to drop what is done.
-        progress: called with the steps taken, the steps in all and the examples still running.
+        progress: called with the steps taken, the steps in all and the examples still running; True shows a bar if
+            standard error is a terminal.
         checkpoint: a file in which the state is kept; a run that was interrupted goes on from there, and the file
             disappears at the end. That of another run is refused, as far as runs can be told apart: not by what a
             plain closure holds, see `resumption.digest`. Neither this nor `progress` has an effect under an outer
@@ -60,7 +62,7 @@ class Loop:
     max_queries: int | None = None
     trace: bool = False
     chunk: int = 10
-    progress: Callable[[int, int, int], None] | None = None
+    progress: Callable[[int, int, int], None] | bool | None = None
     checkpoint: str | Path | None = None
 
 
@@ -230,11 +232,20 @@ class _Run:
         self.is_compact = len(devices) == 1  # without rows of its own a device would be idle
         on_cpu = all(device.platform == "cpu" for device in devices)
         self.on_host = loop.kind == "host" or (loop.kind == "auto" and on_cpu)
-        is_watched = _may_halt(plan) or loop.progress is not None or loop.checkpoint is not None
+        is_watched = _may_halt(plan) or bool(loop.progress) or loop.checkpoint is not None
         self.stride = loop.chunk if is_watched else num_steps
 
     def run(self) -> tuple[Found, Trace | None]:
         state, r, first = self._resume()
+        label, total = self.plan.method.step.__module__.rpartition(".")[-1], self.num_restarts * self.num_steps
+        with bar(label, total, first=r * self.num_steps + first, is_shown=self.loop.progress is True) as show:
+            self.show = show
+            self._restarts(state, r, first)
+        if self.loop.checkpoint is not None:
+            Path(self.loop.checkpoint).unlink(missing_ok=True)
+        return self.whole, self._whole_trace()
+
+    def _restarts(self, state: Any, r: int, first: int) -> None:
         while r < self.num_restarts and self.standing:
             if state is None:
                 found, _ = self._drop_halted(self._found(), None)
@@ -243,9 +254,6 @@ class _Run:
                 state = _call_init(self.plan, self.context, self.keys, found, np.int32(r))
             self._restart(state, r, first)
             state, r, first = None, r + 1, 0
-        if self.loop.checkpoint is not None:
-            Path(self.loop.checkpoint).unlink(missing_ok=True)
-        return self.whole, self._whole_trace()
 
     def _restart(self, state: Any, r: int, first: int) -> None:
         # Steps donate their state, and a fresh one may share buffers with the caller's arrays.
@@ -254,9 +262,7 @@ class _Run:
             end = min(start + self.stride, self.num_steps)
             state = self._advance(state, start, end)
             _, state = self._drop_halted(state.found, state)
-            if self.loop.progress is not None:
-                done = r * self.num_steps + end
-                self.loop.progress(done, self.num_restarts * self.num_steps, self.running)
+            self._tell(r * self.num_steps + end)
             if not self.standing:
                 return
             if self.loop.checkpoint is not None:
@@ -264,6 +270,11 @@ class _Run:
                 tree = (state, self.whole, self.rows, self._trace_so_far(), place)
                 resumption.save(self.loop.checkpoint, self._fingerprint, tree)
         self._keep(_call_finish(self.plan, self.context, state))
+
+    def _tell(self, done: int) -> None:
+        self.show(done, f"{self.running} running  ")
+        if callable(self.loop.progress):
+            self.loop.progress(done, self.num_restarts * self.num_steps, self.running)
 
     def _advance(self, state: Any, first: int, last: int) -> Any:
         if self.on_host:

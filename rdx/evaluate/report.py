@@ -78,7 +78,7 @@ def cascade_table(found: Cascade) -> str:
     rows = [
         [name, f"{100 * (broken_by > place).mean():.2f}", str((broken_by == place).sum()), time]
         for place, (name, time) in enumerate(
-            [("clean", "-"), *((name, f"{float(spent):.1f}") for name, spent in found.seconds.items())], start=-1
+            [("clean", "-"), *((name, f"{spent:.1f}") for name, spent in found.seconds.items())], start=-1
         )
     ]
     return markdown(["attack", "robust after, %", "broken", "seconds"], rows)

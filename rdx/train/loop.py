@@ -3,20 +3,18 @@
 import contextlib
 import functools
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-import rich.progress
 from jax.tree_util import Partial
 
 from rdx import compilation
 from rdx.checkpoints import Checkpoints
+from rdx.progress import bar
 from rdx.types import Array, Key, PyTree
 
 # params, model_state, key, batch, step -> (scalar, (model_state, metrics))
@@ -130,7 +128,7 @@ def run(
         saves = stack.enter_context(Checkpoints(directory, save_every=save_every, keep=keep)) if directory else None
         state = _resume(saves, state, num_steps)
         first = int(state.step)
-        bar = stack.enter_context(_progress_bar(label, first, num_steps, is_shown=progress))
+        show = stack.enter_context(bar(label, num_steps, first=first, is_shown=progress))
         window = _Window(first, saves)
         losses: list[TrainLoss] = [phase.loss for phase in phases]
         for step in range(first, num_steps):
@@ -151,7 +149,7 @@ def run(
                 history.append(window.close(done))
                 if on_log is not None:
                     on_log(history[-1])
-            bar(done, history)
+            show(done, _status(history))
     return state, history
 
 
@@ -289,22 +287,5 @@ def _shares_threads(array: Array) -> bool:
     return len(devices) > 1 and next(iter(devices)).platform == "cpu"
 
 
-@contextlib.contextmanager
-def _progress_bar(
-    label: str, first: int, num_steps: int, *, is_shown: bool
-) -> Iterator[Callable[[int, list[dict[str, float]]], None]]:
-    console = rich.console.Console(stderr=True)
-    columns = (
-        rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[status]}"), rich.progress.TimeRemainingColumn(),
-    )
-    started = time.monotonic()
-    with rich.progress.Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bars:
-        task = bars.add_task(label, total=num_steps, completed=first, status="compiling")
-
-        def show(done: int, history: list[dict[str, float]]) -> None:
-            speed = (done - first) / (time.monotonic() - started)
-            loss = f"loss {np.mean(history[-1]['loss']):.4f}  " if history and "loss" in history[-1] else ""
-            bars.update(task, completed=done, status=f"{loss}{speed:.1f} steps/s")
-
-        yield show
+def _status(history: list[dict[str, Any]]) -> str:
+    return f"loss {np.mean(history[-1]['loss']):.4f}  " if history and "loss" in history[-1] else ""

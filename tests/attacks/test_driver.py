@@ -1,6 +1,8 @@
 """The driver's loop, with an attack that counts: early stop, traces, budgets, resumption, the best so far."""
 
 import dataclasses
+import io
+import sys
 from typing import NamedTuple
 
 import jax
@@ -142,6 +144,22 @@ def test_progress_tells_who_is_still_running(loop):
     found = _climb(X, THRESHOLD, loop, num_restarts=2)[0]
     for a, b in zip(jax.tree.leaves(quiet), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class _Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("progress", "is_shown"), [(True, True), (False, False), (None, False)])
+def test_a_bar_is_shown_on_request(progress, is_shown, monkeypatch):
+    screen = _Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    _climb(X, THRESHOLD, attacks.Loop(chunk=3, progress=progress), num_restarts=2)
+    for word in ("test_driver", "14/14", "13 running", "steps/s"):
+        assert (word in screen.getvalue()) == is_shown
 
 
 def test_arrays_have_few_sizes_and_few_fillers():
