@@ -306,8 +306,9 @@ def _advance(call: _Call, problem: base.Problem, done: _Progress, index: Array, 
 
 def _run_on_standing(call: _Call, problem: base.Problem, found: base.Found, index: Array) -> base.Found:
     """Runs one attack on the examples without success, and judges what it found by a forward pass."""
-    if base.is_traced((problem, found)):
-        # Nobody can be left out of an array whose values are not known: all take part, those that stand count.
+    if base.is_traced((problem, found)) or len(found.best.x.devices()) > 1:
+        # Nobody can be left out of an array whose values are not known, nor without a device that would be idle: all
+        # take part, those that stand count.
         return base.choose(found.best.success, found, _run_on_all(call, problem, found, index))
     standing = np.flatnonzero(~np.asarray(found.best.success))
     if not len(standing):

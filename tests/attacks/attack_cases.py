@@ -4,6 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
 from rdx import attacks
 
 ALL = ("linf", "l2", "l1")
@@ -31,6 +35,27 @@ class Case(NamedTuple):
     rtol: float = 1e-4
 
 
+def _mlp(parameters, x):
+    first, second = parameters
+    return jnp.tanh(3.0 * (x.reshape(x.shape[0], -1) - 0.5) @ first) @ second
+
+
+def model():
+    """Builds the small net of the battery."""
+    first, second = jax.random.split(jax.random.key(7))
+    return Partial(_mlp, (jax.random.normal(first, (18, 12)), jax.random.normal(second, (12, 4))))
+
+
+def _blind_prior(x, labels, *data):
+    return jnp.cos(7.0 * x)
+
+
+def _autoattack(key, logits_fn, x, labels, *, ball, version, **options):
+    """Runs AutoAttack as it is, but with a goal."""
+    suite = attacks.suite(ball.norm, version=version, num_steps=6, num_queries=10)
+    return attacks.cascade(key, suite, logits_fn, x, labels, ball=ball, **options).result
+
+
 # Steps so long that few suffice, from a constant that is about right.
 _FAST = {"step_size": 0.1, "initial_constant": 0.1}
 
@@ -55,6 +80,9 @@ CASES = {
     "spsa": Case(partial(attacks.spsa, num_steps=8, num_samples=20), rtol=1e-3),
     "nattack": Case(partial(attacks.nattack, num_steps=8, num_samples=20)),
     "prgf": Case(partial(attacks.prgf, num_steps=8, num_samples=20, sigma=1e-3), rtol=1e-2),
+    "prgf_guided": Case(
+        partial(attacks.prgf, num_steps=8, num_samples=20, sigma=1e-3, prior_fn=Partial(_blind_prior)), rtol=1e-2,
+    ),
     "genattack": Case(partial(attacks.genattack, num_steps=20, population_size=6)),
     "zoo": Case(
         partial(attacks.zoo, num_steps=30, num_searches=2, num_coordinates=9, initial_c=1.0), ("l2",), rtol=1e-2,
@@ -63,4 +91,14 @@ CASES = {
     "evolutionary": Case(partial(attacks.evolutionary, num_queries=400), ("l2",), rtol=1e-3),
     "hopskipjump": Case(partial(attacks.hopskipjump, num_queries=400), ("l2", "linf")),
     "opt": Case(partial(attacks.opt, num_queries=400, num_directions=20), ("l2",)),
+    "transfer": Case(attacks.transfer(partial(attacks.pgd, num_steps=6), model())),
+    "autoattack": Case(partial(_autoattack, version="standard"), varies=0.2),
+    "autoattack_plus": Case(partial(_autoattack, version="plus"), varies=0.2),
+}
+# Public attacks that have no case of their own.
+WITHOUT = {
+    "cascade": "the cases of AutoAttack run it",
+    "cascade_rand": "of random models, whose loss is a share of draws: tests/attacks/test_autoattack.py",
+    "autoattack_rand": "as cascade_rand",
+    "transfer": "of another attack, it has no arguments of its own for the examples",
 }

@@ -1,10 +1,13 @@
 """The battery that every attack must pass, at a fixed radius; minimal-norm attacks have it as their limit."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attack_cases import CASES
+from attack_cases import CASES, WITHOUT
+from attack_cases import model as _model
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
@@ -13,7 +16,12 @@ from rdx.balls import Ball
 
 EPS = {"linf": 0.06, "l2": 0.25, "l1": 0.6}
 GOAL = goals.misclassify(losses.margin)
-EACH = [(name, norm) for name, case in CASES.items() for norm in case.norms]
+# Others are like them, or run several of them.
+LONG = {"autoattack", "autoattack_plus", "prgf_guided"}
+EACH = [
+    pytest.param(name, norm, marks=pytest.mark.slow if name in LONG else ())
+    for name, case in CASES.items() for norm in case.norms
+]
 # What every kind of attack has in common with others is asked of these at all times, of the others with the slow tests.
 CORE = {"fgsm", "pgd", "apgd", "deepfool", "fab_targeted", "cw", "square", "nes", "hopskipjump"}
 
@@ -25,16 +33,6 @@ def _first(*more):
 
 each_attack_and_norm = pytest.mark.parametrize(("name", "norm"), EACH)
 each_attack = pytest.mark.parametrize(("name", "norm"), _first())
-
-
-def _mlp(parameters, x):
-    first, second = parameters
-    return jnp.tanh(3.0 * (x.reshape(x.shape[0], -1) - 0.5) @ first) @ second
-
-
-def _model():
-    first, second = jax.random.split(jax.random.key(7))
-    return Partial(_mlp, (jax.random.normal(first, (18, 12)), jax.random.normal(second, (12, 4))))
 
 
 def _batch(num=8):
@@ -85,17 +83,38 @@ def test_no_radius_means_no_change(name, norm):
     np.testing.assert_array_equal(found.success, losses.is_wrong(_model()(x), labels))
 
 
-@each_attack
+@pytest.mark.parametrize(("name", "norm"), [
+    *_first(), *[(name, norm) for name in ("fgsm", "pgd", "apgd") for norm in CASES[name].norms[1:]],
+])
 def test_results_do_not_depend_on_the_batch(name, norm):
-    x, labels = _batch()
-    together = _run(name, norm, x, labels)
-    order = np.array([6, 2, 0, 5, 1, 3, 4])
-    for size in (1, 7):
-        for start in range(0, 7, size):
-            rows = order[start:start + size]
-            found = _run(name, norm, x[rows], labels[rows], index=jnp.asarray(rows))
-            np.testing.assert_array_equal(found.success, together.success[rows])
-            np.testing.assert_allclose(found.loss, together.loss[rows], rtol=CASES[name].rtol, atol=CASES[name].rtol)
+    x, labels = _batch(64)
+    # Examples stop, and leave the arrays of 64 but not those of fewer than 9.
+    options = {} if name == "fgsm" else {"loop": attacks.Loop(stop=True, chunk=3)}
+    together, rtol = _run(name, norm, x, labels, **options), CASES[name].rtol
+    order = np.array([6, 2, 60, 5, 31, 3, 4, 0, 44, 12, 17, 63, 59, 21])
+    for rows in (order[:7], order[7:], order[:1], order[1:2], order[2:3]):
+        found = _run(name, norm, x[rows], labels[rows], index=jnp.asarray(rows), **options)
+        np.testing.assert_array_equal(found.success, together.success[rows])
+        np.testing.assert_allclose(found.loss, together.loss[rows], rtol=rtol, atol=rtol)
+        np.testing.assert_array_equal(found.forwards, together.forwards[rows])
+        np.testing.assert_array_equal(found.gradients, together.gradients[rows])
+
+
+def test_every_public_attack_is_in_the_battery():
+    def is_attack(value):
+        names = set(inspect.signature(value).parameters) if inspect.isfunction(value) else set()
+        return {"x", "labels", "ball"} <= names or "attack" in names
+
+    public = {name for name in attacks.__all__ if is_attack(getattr(attacks, name))} - {"keyed"}
+    assert public <= {*CASES, *WITHOUT}
+    assert {*WITHOUT} <= public
+
+
+def test_apgd_climbs_the_difference_of_logits_ratio():
+    (x, labels), goal = _batch(), goals.misclassify(losses.dlr)
+    found = _run("apgd", "linf", x, labels, goal=goal)
+    _check_claims(found, "linf", x, labels, EPS["linf"], goal)
+    assert found.success.sum() > 1
 
 
 @each_attack
@@ -147,7 +166,7 @@ def test_jit_and_every_loop_change_nothing(name, norm):
     compiled = jax.jit(lambda x, labels, eps: _run(name, norm, x, labels, eps=eps))(x, labels, EPS[norm])
     others = [compiled]
     if name != "fgsm":
-        # Stopping and compaction off, and on with few steps in a chunk.
+        # A step at a time on the host above, loops of few steps here.
         others += [_run(name, norm, x, labels, loop=attacks.Loop("compiled", chunk=3))]
     for other in others:
         np.testing.assert_array_equal(plain.success, other.success)
