@@ -26,6 +26,10 @@ BPDA = (
     "attacks.adaptive.straight_through around the transformation, or attacks.adaptive.bpda(model, undefended net); "
     "then attacks.square and attacks.transfer, which need no gradient of the defence"
 )
+OPTIMISED = (
+    "attacks.adaptive.unrolled with soft_sign and soft_clip through the model's optimisation, attacks.transfer from the "
+    f"model without it; {BPDA}"
+)
 LOSS = "goals.misclassify(losses.dlr) or goals.misclassify(losses.margin), attacks.apgd_targeted"
 EOT = (
     "attacks.adaptive.eot with goals.expected, judged by attacks.adaptive.stochastic_success; here diagnose(..., "
@@ -70,8 +74,8 @@ def check(name: str, status: Status, evidence: str, try_next: str, **numbers: fl
 
 def code(found: Inspection) -> Check:
     """Judges what the jaxpr shows; see `inspection.inspect`."""
-    cures = {"random": EOT, "blocked": BPDA, "host": BPDA, "custom": BPDA,
-             "dynamic": "attack the model without its optimisation, and " + BPDA}
+    cures = {"random": EOT, "blocked": BPDA, "host": BPDA, "custom": BPDA, "dynamic": OPTIMISED,
+             "search": OPTIMISED}
     seen = {kind: getattr(found, kind) for kind in cures if getattr(found, kind)}
     status = "fail" if not found.has_path else "warn" if seen else "ok"
     shown = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in seen.items())

@@ -1,5 +1,7 @@
 """What a model's code says about its gradients, before any of it is run: the jaxpr is read, loops and calls inside."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,10 @@ _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 # What a maximum goes through before softmax subtracts it: to stop the gradient there is exact.
 _SHIFTS = ("max", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "select_n", "convert_element_type")
+# What differentiation leaves in the names of equations: `jvp(...)`, `vmap(transpose(jvp(...)))`, no scope of a user's.
+_DIFFERENTIATED = re.compile(r"(^|[(/])(transpose|jvp)\(")
+# What networks are made of.
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # A loop is read this often: a gradient that survives so many turns survives more.
 _TURNS = 3
 
@@ -33,7 +39,8 @@ class Inspection(NamedTuple):
         blocked: operations at which derivatives end, with their lines.
         custom: derivatives that the code defines itself by `custom_vjp`, with their lines.
         random: draws of random numbers, with their lines.
-        dynamic: gradients that the model takes of itself, as defences that optimise at test time do.
+        dynamic: derivatives that the model takes of itself, as defences that optimise at test time do.
+        search: loops that may look for an input without derivatives, with their lines.
         host: calls of functions outside JAX.
     """
 
@@ -42,15 +49,21 @@ class Inspection(NamedTuple):
     custom: tuple[str, ...]
     random: tuple[str, ...]
     dynamic: tuple[str, ...]
+    search: tuple[str, ...]
     host: tuple[str, ...]
 
 
 def inspect(logits_fn: LogitsFn, x: Array) -> Inspection:
     """Reads the jaxpr of a model; nothing is computed.
 
-    Rounding and its like count where a derivative reaches them and the result goes on to the output. A gradient that
-    the model takes is told by the names that JAX gives the transposed operations. The shift of a softmax by its
-    maximum is no finding, nor are functions with `custom_jvp`, such as relu.
+    Rounding and its like count where a derivative reaches them and the result goes on to the output. Derivatives that
+    the model takes, forwards or backwards, are told by the names that JAX gives differentiated operations. The shift of
+    a softmax by its maximum is no finding, nor are functions with `custom_jvp`, such as relu.
+
+    A loop may be a search where it carries values shaped as inputs from turn to turn, runs matrix products or
+    convolutions on what it carries, and reads nothing of the input piece by piece, as recurrent cells and attention in
+    chunks do. That is a suspicion only: layers of the input's width in a loop look the same. Not seen is a search that
+    is written out turn by turn, or that evaluates all of its candidates at once.
 
     Args:
         logits_fn: `x [B, ...] -> logits [B, K]`.
@@ -60,18 +73,18 @@ def inspect(logits_fn: LogitsFn, x: Array) -> Inspection:
         The findings.
     """
     closed = jax.make_jaxpr(logits_fn)(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    reader = _Reader()
+    reader = _Reader(x.shape)
     outputs = reader.read(closed.jaxpr, [_SMOOTH] * len(closed.jaxpr.invars))
     found = {kind: tuple(sorted(names)) for kind, names in reader.found.items()}
     return Inspection(_SMOOTH in outputs, **found)
 
 
 class _Reader:
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.found: dict[str, set[str]] = {
-            kind: set() for kind in ("blocked", "custom", "random", "dynamic", "host")
+            kind: set() for kind in ("blocked", "custom", "random", "dynamic", "search", "host")
         }
-        self.line = ""
+        self.line, self.example, self.num_products = "", shape[1:], 0
 
     def read(self, jaxpr: jex.Jaxpr, levels: Sequence[int]) -> list[int]:
         """Follows how the outputs depend on inputs that depend on the model's input by `levels`."""
@@ -97,8 +110,9 @@ class _Reader:
 
     def equation(self, eqn: jex.JaxprEqn, levels: list[int], *, is_harmless: bool) -> list[int]:
         name, highest, num = eqn.primitive.name, max(levels, default=_NOT), len(eqn.outvars)
-        if "transpose" in str(eqn.source_info.name_stack):
+        if _DIFFERENTIATED.search(str(eqn.source_info.name_stack)):
             self.note("dynamic", name)
+        self.num_products += name in _PRODUCTS and highest > _NOT
         if name in _RANDOM:
             self.note("random", name)
         if name in _FLAT or name in _HOST:
@@ -123,19 +137,28 @@ class _Reader:
         return [max(values) for values in zip(*read, strict=True)] if operands and bodies else [highest] * num
 
     def loop(self, eqn: jex.JaxprEqn, levels: list[int]) -> list[int]:
-        if eqn.primitive.name == "scan":
-            body, skipped, num_consts = eqn.params["jaxpr"].jaxpr, 0, eqn.params["num_consts"]
-            num_carry = eqn.params["num_carry"]
-        else:
-            body, skipped, num_consts = eqn.params["body_jaxpr"].jaxpr, eqn.params["cond_nconsts"], 0
-            num_consts = eqn.params["body_nconsts"]
-            num_carry = len(levels) - skipped - num_consts
+        params, is_scan = eqn.params, eqn.primitive.name == "scan"
+        body, skipped = (params["jaxpr"], 0) if is_scan else (params["body_jaxpr"], params["cond_nconsts"])
+        num_consts = params["num_consts" if is_scan else "body_nconsts"]
+        num_carry = params["num_carry"] if is_scan else len(levels) - skipped - num_consts
         consts, rest = levels[skipped : skipped + num_consts], levels[skipped + num_consts :]
-        carry, others, outputs = rest[:num_carry], rest[num_carry:], rest
+        carry, others, outputs, num_products = rest[:num_carry], rest[num_carry:], rest, self.num_products
         for _ in range(_TURNS):
-            outputs = self.read(body, [*consts, *carry, *others])
+            outputs = self.read(body.jaxpr, [*consts, *carry, *others])
             carry = outputs[:num_carry]
+        if not is_scan:
+            # No derivative passes through a condition, so nothing in it can block one.
+            ahead = [min(level, _BLOCKED) for level in (*levels[:skipped], *carry)]
+            self.read(params["cond_jaxpr"].jaxpr, ahead)
+        shapes = [shape.shape for shape, level in zip(body.out_avals, carry, strict=False) if level > _NOT]
+        if self.num_products > num_products and not any(others) and any(map(self.holds_inputs, shapes)):
+            self.note("search", eqn.primitive.name)
         return outputs
+
+    def holds_inputs(self, shape: tuple[int, ...]) -> bool:
+        """Tells whether arrays of a shape can hold examples, as they are or flat."""
+        num_axes = len(self.example)
+        return shape[max(len(shape) - num_axes, 0):] == self.example or shape[-1:] == (math.prod(self.example),)
 
     def note(self, kind: str, name: str) -> None:
         self.found[kind].add(f"{name} ({self.line})" if self.line else name)
