@@ -1,7 +1,8 @@
 """Does an attack do what an attack must? Short attacks that are compared with each other.
 
 Auto-PGD climbs, in one batch, cross entropy at half the radius, the radius, twice the radius and everywhere, and at the
-radius the rescaled cross entropy and the margin, with two restarts; beside it stand one step, random points and Square.
+radius the rescaled cross entropy and the margin, with two restarts; beside it stand PGD, one step, random points and
+Square.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rdx import losses, norms
-from rdx.attacks import Loop, apgd, base, square
+from rdx.attacks import Loop, apgd, base, pgd, square
 from rdx.balls import Ball
 from rdx.evaluate.checks import BPDA, LOSS, Check, Status, call, check, grade, gradient, is_wrong
 from rdx.goals import Goal
@@ -26,7 +27,7 @@ _NUM_POINTS = 16
 # Shares of examples, and in small samples their numbers, above which a difference is no chance.
 _FEW, _MANY = (0.005, 1.5), (0.05, 3.5)
 # No chance explains that a black box is stronger than gradients (AutoAttack's flag).
-_GAIN = (0.002, 0.05)
+GAIN = (0.002, 0.05)
 # Share of the last quarter of the steps in the rise of the loss; Pintor et al. take 0.05 of the last 10 steps.
 _RISING = 0.1
 _GREY_LEVELS = 255
@@ -53,6 +54,11 @@ class Runs(NamedTuple):
     rising: dict[str, np.ndarray]
     x_adv: dict[str, Array]
 
+    @property
+    def white(self) -> np.ndarray:
+        """Which examples Auto-PGD broke at the radius with any loss, shape `[n]`."""
+        return self.broken["cross_entropy"] | self.broken["rescaled"] | self.broken["margin"]
+
     def graded(self, share: float) -> Status:
         """Grades a share of examples."""
         num = max(int(self.is_right.sum()), 1)
@@ -74,13 +80,13 @@ def run(
         x: shape `[n, ...]`.
         labels: shape `[n]`.
         ball: the threat model, one radius for all examples.
-        num_steps: steps of Auto-PGD.
+        num_steps: steps of Auto-PGD, and of PGD.
         num_queries: queries of Square.
 
     Returns:
         What they did.
     """
-    climb_key, square_key, noise_key = jax.random.split(key, 3)
+    climb_key, square_key, noise_key, fixed_key = jax.random.split(key, 4)
     num, names = len(x), list(_RADII)
     logits = call(logits_fn, x)
     wide, tiled = _balls(ball, x), jnp.tile(x, (len(names), *(1,) * (x.ndim - 1)))
@@ -92,12 +98,14 @@ def run(
     assert found.trace is not None
     x_adv, broken = _split(names, num, found.x_adv), _on_host(names, num, found.success)
     first, early, rising = (_on_host(names, num, part) for part in _course(found.trace, num_steps))
+    fixed = pgd(fixed_key, logits_fn, x, labels, ball=ball, num_steps=num_steps)
     slope = gradient(Partial(losses.cross_entropy), logits_fn, x, labels)
     step = base.ascend(ball, x, x, jnp.where(jnp.isfinite(slope), slope, 0.0), ball.eps)
     noise = [ball.sample(keys, x) for keys in jax.random.split(noise_key, (_NUM_POINTS, num))]
-    broken |= {"one_step": is_wrong(logits_fn, step, labels),
+    broken |= {"pgd": np.asarray(fixed.success), "one_step": is_wrong(logits_fn, step, labels),
                "noise": np.any([is_wrong(logits_fn, point, labels) for point in noise], axis=0)}
-    x_adv["square"], broken["square"] = x, is_wrong(logits_fn, x, labels)
+    x_adv |= {"pgd": fixed.x_adv, "square": x}
+    broken["square"] = is_wrong(logits_fn, x, labels)
     if x.ndim <= _MOST_AXES:
         black = square(square_key, logits_fn, x, labels, ball=ball, num_steps=num_queries)
         x_adv["square"], broken["square"] = black.x_adv, np.asarray(black.success)
@@ -111,17 +119,16 @@ def judge(runs: Runs) -> tuple[Check, ...]:
         runs: what they did.
 
     Returns:
-        The checks "loss", "optimisation", "one step", "radius", "black box" and "unbounded".
+        The checks "loss", "optimisation", "fixed steps", "one step", "radius", "black box" and "unbounded".
     """
     broken, share = runs.broken, runs.share
     shares = {name: share(flags) for name, flags in broken.items()}
-    plain, others = broken["cross_entropy"], broken["rescaled"] | broken["margin"]
-    white, black = plain | others, broken["square"] | broken["noise"]
-    gain = share(others & ~plain)
+    plain, white, black = broken["cross_entropy"], runs.white, broken["square"] | broken["noise"]
+    gain = share(white & ~plain)
     late = share(plain & ~runs.early["cross_entropy"])
     standing = runs.is_right & ~runs.first["cross_entropy"]
     rising = float(np.median(runs.rising["cross_entropy"][standing])) if standing.any() else 0.0
-    step, ahead = share(broken["one_step"] & ~white), share(black & ~white)
+    fixed, step, ahead = (share(flags & ~white) for flags in (broken["pgd"], broken["one_step"], black))
     lost = share((broken["half"] & ~plain) | (plain & ~broken["double"]))
     standing_far = 1.0 - shares["unbounded"]
     return (
@@ -130,11 +137,13 @@ def judge(runs: Runs) -> tuple[Check, ...]:
         check("optimisation", "warn" if runs.graded(late) != "ok" or rising > _RISING else "ok",
               f"the last quarter of the steps and a restart break {late:.1%} more; where the attack fails, the last "
               f"quarter makes {rising:.0%} of the rise of the loss", EFFORT, late=late, rising=rising),
+        check("fixed steps", runs.graded(fixed), f"PGD breaks {fixed:.1%} that Auto-PGD does not", f"{EFFORT}; {BPDA}",
+              gain=fixed, pgd=shares["pgd"]),
         check("one step", runs.graded(step), f"one step breaks {step:.1%} that many steps do not",
               f"{EFFORT}; {BPDA}", gain=step, one_step=shares["one_step"]),
         check("radius", runs.graded(lost), f"{lost:.1%} are broken in a ball but not in the one twice as large",
               f"{EFFORT}; {BPDA}", lost=lost, half=shares["half"], double=shares["double"]),
-        check("black box", grade(ahead, *_GAIN), f"Square or random points break {ahead:.1%} more than gradients",
+        check("black box", grade(ahead, *GAIN), f"Square or random points break {ahead:.1%} more than gradients",
               SQUARE, gain=ahead, square=shares["square"], noise=shares["noise"]),
         check("unbounded", runs.graded(standing_far), f"{standing_far:.1%} stand where everything is allowed",
               f"{BPDA}; {LOSS}", standing=standing_far),
