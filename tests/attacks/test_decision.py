@@ -21,9 +21,9 @@ from rdx.goals import Goal
 boundary, evolutionary, hopskipjump = (
     importlib.import_module(f"rdx.attacks.{name}") for name in ("boundary", "evolutionary", "hopskipjump")
 )
-# In 12 dimensions the steps of 1 % that suit images are too short for 2,000 queries, see the test of the defaults.
+LOOP = attacks.Loop("compiled")  # on small nets faster than thousands of launches
 ATTACKS = {
-    "boundary": partial(attacks.boundary, spherical_step=0.1),
+    "boundary": attacks.boundary,
     "evolutionary": attacks.evolutionary,
     "hopskipjump": attacks.hopskipjump,
     "opt": attacks.opt,
@@ -52,15 +52,25 @@ def test_the_smallest_perturbation_is_found_within_2000_queries(name, norm):
     minimal_norms.check(partial(ATTACKS[name], num_queries=2000), setting, norm, at_most=1.1)
 
 
-def test_what_the_steps_of_boundary_that_suit_images_miss():
-    # Three boundaries, no box: from 1.35 to 1.61 was measured over the settings of this file, 1.01 to 1.05 with steps
-    # of 10 %. The bounds tell the two apart, and hold the docstring's figures.
-    setting = minimal_norms.linear(num_classes=3)
-    ratios = [
-        minimal_norms.check(partial(attacks.boundary, num_queries=2000, **options), setting, "l2", at_most=bound)
-        for options, bound in (({}, 1.8), ({"spherical_step": 0.1}, 1.1))
-    ]
-    assert ratios[0].mean() > 1.2
+@each_attack
+@pytest.mark.parametrize("seed", range(3))
+def test_the_smallest_perturbation_is_found_beyond_several_boundaries(name, norm, seed):
+    # The worst is 1.27, by boundary and by HopSkipJump in linf: no walk is sure of the nearest boundary.
+    setting, attack = minimal_norms.linear(num_classes=3), partial(ATTACKS[name], num_queries=2000)
+    minimal_norms.check(attack, setting, norm, at_most=1.5, key=jax.random.key(seed))
+
+
+@each_attack
+@pytest.mark.parametrize("dim", [2, 3, 4])
+def test_brute_force_on_small_nets(name, norm, dim):
+    # A walk stays at the facet where it began, up to 3 times as far away as the nearest; of three walks one begins near
+    # that. Measured: 1.20 on average and 1.018 at best, HopSkipJump in linf; the others 1.06 and 1.007.
+    setting, attack = minimal_norms.relu(dim=dim), partial(ATTACKS[name], num_queries=2000, loop=LOOP)
+    ratios = np.array([
+        minimal_norms.check(attack, setting, norm, at_most=1.5, key=jax.random.key(seed)) for seed in range(3)
+    ])
+    assert ratios.mean() <= 1.25
+    assert ratios.min(axis=0).mean() <= 1.03
 
 
 @each_attack
@@ -169,7 +179,7 @@ def test_windows_forget_what_made_steps_change():
     # The rule of the published code with queues, step by step.
     outcomes = np.random.default_rng(0).uniform(size=(2, 600)) < np.concatenate([np.full(300, 0.7), np.full(300, 0.1)])
     queues, expected = (deque(maxlen=100), deque(maxlen=30)), [1.0, 1.0]
-    context = boundary._Context(None, None, jnp.float32(1.5), None)
+    context = boundary._Context(None, None, jnp.float32(1.5), None, None)
     sizes = boundary._Sizes(jnp.ones(1), jnp.ones(1))
     windows = [boundary._Window(jnp.zeros((1, size)), jnp.zeros(1, jnp.int32)) for size in (100, 30)]
     step = jax.jit(lambda sizes, windows, pair: boundary._adapt(context, sizes, jnp.ones(1, bool), *(
@@ -191,6 +201,13 @@ def test_windows_forget_what_made_steps_change():
         sizes, *windows = step(sizes, windows, jnp.asarray(pair))
         np.testing.assert_allclose([sizes.spherical[0], sizes.source[0]], expected, rtol=1e-5)
     assert changes > 5
+
+
+def test_windows_are_shorter_with_smaller_budgets():
+    sizes = [
+        [boundary._window(size, budget).size for size in (100, 30)] for budget in (10**6, 20_000, 10_000, 2_000, 100)
+    ]
+    assert sizes == [[100, 30], [100, 30], [50, 15], [10, 10], [10, 10]]
 
 
 def test_mutations_touch_few_elements_and_favour_large_variances():

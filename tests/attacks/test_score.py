@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import minimal_norms
 import numpy as np
 import optax
 import pytest
@@ -360,6 +361,13 @@ def test_zoo_finds_the_nearest_point_of_a_half_plane():
     is_near = result.distance <= eps
     np.testing.assert_array_equal(capped.success, is_near)
     np.testing.assert_array_equal(capped.x_adv, jnp.where(is_near[:, None], result.x_adv, x))
+
+
+@pytest.mark.parametrize(("dim", "at_most"), [(2, 1.03), (3, 1.03), (4, 1.2)])
+def test_zoo_agrees_with_brute_force_but_for_other_minima(dim, at_most):
+    # 1.02, 1.02 and 1.18: two of six inputs in four dimensions end at a facet 1.3 and 1.8 times as far away.
+    attack = partial(attacks.zoo, num_steps=300, loop=driver.Loop("compiled"))
+    minimal_norms.check(attack, minimal_norms.relu(dim=dim), "l2", at_most=at_most)
 
 
 def test_zoo_estimates_the_gradient_in_distinct_free_coordinates():
