@@ -12,7 +12,7 @@ from rdx import attacks, goals, losses
 LOOP = attacks.Loop("compiled")  # on small nets faster than thousands of launches
 # Twenty restarts, since a climb from a random point ends at the facet that is nearest to that.
 OPTIONS = {"num_restarts": 20, "goal": goals.misclassify(losses.margin), "loop": LOOP}
-PGD, APGD = partial(attacks.pgd, **OPTIONS), partial(attacks.apgd, num_steps=50, **OPTIONS)
+ATTACKS = {"pgd": partial(attacks.pgd, **OPTIONS), "apgd": partial(attacks.apgd, num_steps=50, **OPTIONS)}
 
 
 def _share(attack, setting, norm, factor):
@@ -23,9 +23,9 @@ def _share(attack, setting, norm, factor):
 
 @pytest.mark.parametrize("num_classes", [2, 3])
 @pytest.mark.parametrize("dim", [2, 3, 4])
-@pytest.mark.parametrize(("attack", "norm"), [(PGD, "linf"), (PGD, "l2"), (PGD, "l1"), (APGD, "l2")])
-def test_success_begins_at_the_true_distance(attack, norm, dim, num_classes):
-    setting = relu(num_classes=num_classes, dim=dim, num=12)
+@pytest.mark.parametrize(("name", "norm"), [("pgd", "linf"), ("pgd", "l2"), ("pgd", "l1"), ("apgd", "l2")])
+def test_success_begins_at_the_true_distance(name, norm, dim, num_classes):
+    attack, setting = ATTACKS[name], relu(num_classes=num_classes, dim=dim, num=12)
     assert _share(attack, setting, norm, 0.99) == 0.0
     assert _share(attack, setting, norm, 1.05) == 1.0
 
@@ -36,8 +36,8 @@ def test_most_of_what_is_near_falls_to_apgd_alone(norm):
     # misses three of twelve; suites have other attacks for the rest.
     for num_classes in (2, 3):
         setting = relu(num_classes=num_classes, num=12)
-        assert _share(APGD, setting, norm, 0.99) == 0.0
-        assert _share(APGD, setting, norm, 1.05) > 0.9
+        assert _share(ATTACKS["apgd"], setting, norm, 0.99) == 0.0
+        assert _share(ATTACKS["apgd"], setting, norm, 1.05) > 0.9
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
