@@ -148,7 +148,7 @@ class _Tracer:
     def unroll(self, eqn: Any, inputs: list[Value], source: Source) -> list[Value]:
         """Runs a `scan` step by step."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
-        num_consts, num_carry = _scan_sizes(eqn.params)
+        num_consts, num_carry = scan_sizes(eqn.params)
         consts, carry, xs = (
             inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
         )
@@ -357,7 +357,7 @@ def _like(value: Value, node: Node) -> Value:
     return value if isinstance(value, Node) else jnp.broadcast_to(jnp.asarray(value, node.dtype), node.shape)
 
 
-def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     """Counts the constants and the carried values of a `scan`."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

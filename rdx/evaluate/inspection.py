@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from rdx.bounds import tracing
 from rdx.types import Array, LogitsFn
 
 # Where derivatives are zero, or nobody knows them.
@@ -139,8 +140,8 @@ class _Reader:
     def loop(self, eqn: jex.JaxprEqn, levels: list[int]) -> list[int]:
         params, is_scan = eqn.params, eqn.primitive.name == "scan"
         body, skipped = (params["jaxpr"], 0) if is_scan else (params["body_jaxpr"], params["cond_nconsts"])
-        num_consts = params["num_consts" if is_scan else "body_nconsts"]
-        num_carry = params["num_carry"] if is_scan else len(levels) - skipped - num_consts
+        num_consts = tracing.scan_sizes(params)[0] if is_scan else params["body_nconsts"]
+        num_carry = tracing.scan_sizes(params)[1] if is_scan else len(levels) - skipped - num_consts
         consts, rest = levels[skipped : skipped + num_consts], levels[skipped + num_consts :]
         carry, others, outputs, num_products = rest[:num_carry], rest[num_carry:], rest, self.num_products
         for _ in range(_TURNS):
