@@ -138,8 +138,8 @@ def test_forbidden_names():
 def test_files_of_techniques_cite_their_source():
     supports = {
         "base", "certify", "chunks", "composites", "cost", "details", "driver", "graph", "interval", "linear",
-        "intervals", "minimal", "propagation", "relaxations", "resumption", "rewrites", "searches", "tracing",
-        "__init__",
+        "intervals", "minimal", "propagation", "relaxations", "resumption", "rewrites", "searches", "signatures",
+        "tracing", "__init__",
     }
     for room in ("analyse", "attacks", "bounds", "detect", "robustify"):
         for path in sorted((ROOT / room).glob("*.py")):
