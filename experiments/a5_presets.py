@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from experiments import command_line
 from rdx import models
@@ -112,6 +113,9 @@ def config(dataset: str, preset: str) -> Config:
     return _smoke(settings) if preset == "smoke" else settings
 
 
+# Means and deviations by which nets for CIFAR-10 normalise, as in the code of A5 and of CROWN-IBP.
+CIFAR_STATISTICS: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+
 # The defaults of A5's code; the values of each table are in a supplement. With these rates the steps of A5/O add up to
 # a tenth of a large radius, so it has faster ones.
 _RELEASED, _PAPER_OFFLINE = Schedule(100, 2, 18, 1e-3, (25, 42)), Schedule(100, 0, 0, 0.05, (75,))
@@ -177,7 +181,6 @@ def _paper_mnist(dataset: str, classifier: models.ConvNet) -> Config:
 
 def _cifar10(preset: str) -> Config:
     pixel = 1 / 255
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     if preset == "paper":
         # Without a defender A5/RC trains the classifier alone, which is a row of Table 8. The classifier is trained
         # for 8.8/255, with flips and crops, as in the code of CROWN-IBP that it comes from.
@@ -185,15 +188,15 @@ def _cifar10(preset: str) -> Config:
             dataset="cifar10", preset="paper", eps_attack=(8 * pixel,), eps_classifier=(8 * pixel,), base_scale=1.1,
             base_augmented=True, eps_defense=tuple(n * pixel for n in (0, 4, 8, 16, 32)),
             eps_robustify=tuple(n * pixel for n in (4, 8, 16)),
-            classifier=models.a5_classifier().clone(mean=mean, std=std),
-            robustifier=models.cifar_robustifier().clone(mean=mean, std=std),
+            classifier=models.a5_classifier().clone(**CIFAR_STATISTICS),
+            robustifier=models.cifar_robustifier().clone(**CIFAR_STATISTICS),
             base=Schedule(200, 10, 120, 5e-4, (160, 180)), offline=_PAPER_OFFLINE, online=_RELEASED, joint=_RELEASED,
             flip=True, rotation=0.0, num_attacked=10_000, cross_check=1000, num_compared=1000,
         )
     return Config(
         dataset="cifar10", preset="cpu", eps_attack=(2 * pixel,), eps_classifier=(2 * pixel,),
-        eps_defense=(4 * pixel, 16 * pixel), classifier=models.small_cnn().clone(mean=mean, std=std),
-        robustifier=models.cifar_robustifier().clone(mean=mean, std=std),
+        eps_defense=(4 * pixel, 16 * pixel), classifier=models.small_cnn().clone(**CIFAR_STATISTICS),
+        robustifier=models.cifar_robustifier().clone(**CIFAR_STATISTICS),
         base=Schedule(16, 1, 8, 1e-3, (12, 15), 128), offline=Schedule(40, 0, 0, 0.05, (30,), 100),
         online=Schedule(3, 0, 1, 1e-3, (2,), 128), joint=Schedule(6, 0, 1, 5e-4, (4,), 128), flip=True, rotation=0.0,
         num_test=2000, num_offline=1000,

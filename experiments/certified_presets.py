@@ -3,6 +3,7 @@
 import dataclasses
 
 from experiments import command_line
+from experiments.a5_presets import CIFAR_STATISTICS
 from rdx import models
 
 
@@ -99,7 +100,7 @@ def _mnist() -> Config:
 def _cifar10() -> Config:
     return Config(
         dataset="cifar10", preset="paper", eps=(4 / 255, 8 / 255), abstain=(1, 2),
-        net=models.a5_classifier().clone(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)), epochs=400,
+        net=models.a5_classifier().clone(**CIFAR_STATISTICS), epochs=400,
         warmup=40, ramp=200, batch_size=256, learning_rate=5e-4, natural=2.9, num_held_out=2500, num_attacked=1000,
         cross_check=1000, num_steps=100, batch_certified=250,
     )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from experiments import command_line
+from experiments.a5_presets import CIFAR_STATISTICS
 from rdx import models
 
 
@@ -135,10 +136,10 @@ def config(dataset: str, preset: str) -> Config:
     builders = {"digits": (_digits, None), "mnist": (_mnist, _paper_mnist), "mnist-0.3": (_mnist_far, _paper_mnist_far),
                 "cifar10": (_cifar10, _paper_cifar10)}
     on_cpu, paper = command_line.of_dataset(builders, dataset)
-    if preset not in {"smoke", "cpu", "paper"} or (preset == "paper" and paper is None):
-        raise ValueError(f"No preset {preset!r} for {dataset}: use smoke or cpu, and paper for all but digits.")
     if preset == "paper" and paper is not None:
         return paper()
+    if preset not in {"smoke", "cpu"}:
+        raise ValueError(f"No preset {preset!r} for {dataset}: use smoke or cpu, and paper for all but digits.")
     return _smoke(on_cpu()) if preset == "smoke" else on_cpu()
 
 
@@ -195,28 +196,30 @@ def _paper_mnist() -> Config:
 
 
 def _mnist_far() -> Config:
-    return dataclasses.replace(_mnist(), eps=0.3, methods=_with(_mnist().methods, _FAR))
+    return _farther(_mnist())
 
 
 def _paper_mnist_far() -> Config:
-    return dataclasses.replace(_paper_mnist(), eps=0.3, methods=_with(_paper_mnist().methods, _FAR))
+    return _farther(_paper_mnist())
+
+
+def _farther(near: Config) -> Config:
+    return dataclasses.replace(near, eps=0.3, methods=_with(near.methods, _FAR))
 
 
 def _cifar10() -> Config:
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     small = _mnist()
     return dataclasses.replace(
         small, dataset="cifar10", eps=8 / 255, methods=_with(small.methods, _CIFAR), shift=4, flip=True,
-        plain=small.plain.clone(mean=mean, std=std), norm=small.norm.clone(mean=mean, std=std),
+        plain=small.plain.clone(**CIFAR_STATISTICS), norm=small.norm.clone(**CIFAR_STATISTICS),
     )
 
 
 def _paper_cifar10() -> Config:
     small, large = _cifar10(), _paper_mnist()
-    mean, std = small.plain.mean, small.plain.std
     return dataclasses.replace(
         large, dataset="cifar10", eps=small.eps, methods=_with(large.methods, _CIFAR), shift=4, flip=True,
-        plain=large.plain.clone(mean=mean, std=std), norm=large.norm.clone(mean=mean, std=std), epochs=260,
+        plain=large.plain.clone(**CIFAR_STATISTICS), norm=large.norm.clone(**CIFAR_STATISTICS), epochs=260,
         ramp=80, decay=(180, 220), batch_size=128,
     )
 

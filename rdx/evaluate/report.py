@@ -104,8 +104,9 @@ def paired(here: ArrayLike, there: ArrayLike) -> list[str]:
     Returns:
         Counts of the four outcomes and the p-value.
     """
-    num = min(len(np.asarray(here)), len(np.asarray(there)))
-    a, b = np.asarray(here)[:num], np.asarray(there)[:num]
+    a, b = np.asarray(here), np.asarray(there)
+    num = min(len(a), len(b))
+    a, b = a[:num], b[:num]
     counts = [int(both.sum()) for both in (a & ~b, ~a & b, a & b, ~a & ~b)]
     differing = counts[0] + counts[1]
     p = scipy.stats.binomtest(counts[0], differing).pvalue if differing else 1.0
