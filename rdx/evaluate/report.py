@@ -16,7 +16,7 @@ from rdx.types import ArrayLike
 _COLLAPSED = 0.9
 
 # What `paired` returns.
-PAIRED = ("only here", "only there", "both", "neither", "p")
+PAIRED = ("only here", "only there", "both", "neither", "p (McNemar)")
 
 
 def is_collapsed(summary: Mapping[str, Any]) -> bool:
