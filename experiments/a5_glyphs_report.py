@@ -80,7 +80,7 @@ def _paired(found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
         if here in found and there in found:
             counts = report.paired(found[here][1].certified, found[there][1].certified)
             rows.append([RECIPES[here], RECIPES[there], *counts])
-    return f"## The same pictures, pair by pair\n\n{report.markdown(header, rows)}" if rows else ""
+    return f"## The same pictures, certified pair by pair\n\n{report.markdown(header, rows)}" if rows else ""
 
 
 def _notes(config: Config) -> str:
