@@ -39,6 +39,7 @@ from experiments.a5_glyphs_presets import Config, config
 from experiments.a5_presets import Schedule
 from experiments.batches import certified_by_intervals, in_batches
 from rdx import attacks, data, models
+from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.bounds import Threat
 from rdx.evaluate import evaluate, records, shared
@@ -136,6 +137,7 @@ def _fill(run: Run, recipe: str) -> None:
         "certified_by": "crown_ibp intersected with ibp",
         "data": {"name": run.glyphs.name, "split": settings.split, "size": len(shown), "font": settings.font,
                  "fingerprint": run.glyphs.fingerprint},
+        "weights": resumption.digest(logits_fn),
         "seconds_training": seconds_training, "seconds_evaluation": seconds_evaluation,
         "seconds_total": seconds_training + seconds_evaluation,
     }, result)

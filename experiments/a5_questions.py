@@ -55,6 +55,7 @@ from experiments.a5_questions_lab import Lab, Row
 from experiments.a5_questions_presets import config
 from experiments.a5_questions_rows import QUESTIONS
 from rdx import attacks
+from rdx.attacks import resumption
 from rdx.evaluate import evaluate, records, report
 
 
@@ -121,6 +122,7 @@ def _fill(lab: Lab, row: Row) -> None:
                     for name in attack_set},
         "data": {"name": test.name, "split": test.split, "size": len(lab.run.test), "evaluated": len(test),
                  "fingerprint": test.fingerprint, "train_size": len(lab.run.train)},
+        "weights": resumption.digest(logits_fn),
         "seconds_training": seconds_training, "seconds_evaluation": seconds_evaluation,
         "seconds_total": time.monotonic() - start,
     }, {name: np.asarray(value) for name, value in {**dataclasses.asdict(result), **arrays}.items()

@@ -48,6 +48,7 @@ from experiments import a5_certificates, a5_report, a5_training, batches, comman
 from experiments.a5_presets import Config, config
 from experiments.a5_training import Run
 from rdx import analyse, attacks, data, metrics
+from rdx.attacks import resumption
 from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
@@ -131,6 +132,7 @@ def _fill(run: Run, cell: a5_report.Cell) -> None:
         "certified_by": "crown_ibp intersected with ibp",
         "data": {"name": test.name, "split": test.split, "size": len(test), "fingerprint": test.fingerprint,
                  "train_size": len(run.train)},
+        "weights": resumption.digest(logits_fn),
         "seconds_training": seconds_training, "seconds_evaluation": seconds_attacks,
         "seconds_total": time.monotonic() - start,
     }, result)

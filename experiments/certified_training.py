@@ -44,6 +44,7 @@ from experiments import certified_training_methods as methods
 from experiments import certified_training_report as table
 from experiments.certified_training_presets import Config, Method, config
 from rdx import attacks, bounds, data
+from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.evaluate import evaluate, records, shared
 from rdx.train import fit
@@ -130,6 +131,7 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
         "network": str(methods.network(run.config, method).model),
         "summary": summary, "certified_by": by,
         "attacks": {name: {"num_steps": queries if name == "square" else steps} for name in attack_set},
+        "weights": resumption.digest(logits_fn),
         "data": run.parts.record(),
         "evaluated": source.split if not is_tuning else "held out", "history": history[-1:],
         "seconds_training": seconds_training, "seconds_total": time.monotonic() - begun,
