@@ -63,6 +63,7 @@ class Config:
         num_test: test images used; None for all.
         num_offline: test images that A5/O optimises, and is evaluated on; None for all.
         seed: of everything random.
+        num_seeds: how often everything is trained anew, from `seed`, `seed + 1` and so on.
     """
 
     dataset: str
@@ -93,6 +94,7 @@ class Config:
     num_test: int | None = None
     num_offline: int | None = None
     seed: int = 0
+    num_seeds: int = 1
 
 
 def config(dataset: str, preset: str) -> Config:

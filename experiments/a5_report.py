@@ -20,13 +20,14 @@ _PAPER_TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell: a recipe and the four radii of the paper's notation."""
+    """One cell: a recipe and the four radii of the paper's notation; `repeat` is added to the seed of its trainings."""
 
     recipe: str
     eps_attack: float
     eps_classifier: float
     eps_robustify: float
     eps_defense: float
+    repeat: int = 0
 
     @property
     def name(self) -> str:
@@ -37,11 +38,23 @@ class Cell:
     def training(self) -> str:
         """The name of what is trained, which does not depend on the attacker's radius."""
         name = f"{self.recipe}-C{self.eps_classifier:.4g}"
-        return name if self.recipe == "base" else f"{name}-R{self.eps_robustify:.4g}-D{self.eps_defense:.4g}"
+        defended = "" if self.recipe == "base" else f"-R{self.eps_robustify:.4g}-D{self.eps_defense:.4g}"
+        return name + defended + nth(self.repeat)
+
+
+def nth(repeat: int) -> str:
+    """Names what is trained once more."""
+    return f"-S{repeat}" if repeat else ""
 
 
 def cells(config: Config) -> Iterator[Cell]:
-    """Lists all cells, base classifiers first and A5/RC after the A5/R that it starts from."""
+    """Lists all cells, base classifiers first and A5/RC after the A5/R that it starts from; then other seeds."""
+    for repeat in range(config.num_seeds):
+        for cell in _once(config):
+            yield dataclasses.replace(cell, repeat=repeat)
+
+
+def _once(config: Config) -> Iterator[Cell]:
     pairs = [(attack, classifier) for attack in config.eps_attack for classifier in config.eps_classifier]
     for attack, classifier in pairs:
         yield Cell("base", attack, classifier, 0.0, 0.0)
@@ -63,11 +76,15 @@ def line(summary: Mapping[str, Any]) -> str:
 def write(directory: Path, config: Config) -> Path:
     """Writes `table.md` and the pictures from the records that exist; returns the directory."""
     read = {cell: records.read(directory / "records", cell.name) for cell in cells(config)}
-    found = {cell: pair[0] for cell, pair in read.items() if pair is not None}
-    results = {cell: pair[1] for cell, pair in read.items() if pair is not None}
-    parts = [_heading(config, found), *_tables(config, found), *_compared(found), *_paired(results), _notes(config)]
+    everything = {cell: pair[0] for cell, pair in read.items() if pair is not None}
+    found = {cell: record for cell, record in everything.items() if not cell.repeat}
+    results = {cell: pair[1] for cell, pair in read.items() if pair is not None and not cell.repeat}
+    parts = [
+        _heading(config, found), *_tables(config, found), *_over_seeds(everything), *_compared(found),
+        *_paired(results), _notes(config),
+    ]
     text = "\n\n".join(parts)
-    runs.publish(directory, text, found.values())
+    runs.publish(directory, text, everything.values())
     if not runs.can_draw():
         return directory
     _draw_errors(directory, config, found)
@@ -81,7 +98,8 @@ def _heading(config: Config, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     data = [record["data"] for record in found.values()]
     size = max((entry["size"] for entry in data), default=0)
     few = f"; of A5/O, on the first {config.num_offline}, which is all that it optimises" if config.num_offline else ""
-    sizes = f"{data[0]['train_size']} training and {size} test images; seed {config.seed}, one run. " if data else ""
+    seeds = "one run" if config.num_seeds == 1 else f"the first of {config.num_seeds} but where it says otherwise"
+    sizes = f"{data[0]['train_size']} training and {size} test images; seed {config.seed}, {seeds}. " if data else ""
     return (
         f"# A5 on {config.dataset}, preset `{config.preset}`\n\n"
         f"Errors in percent: clean [attacked, certified], all three counted on the first "
@@ -130,7 +148,7 @@ def _radius(eps: float) -> str:
 
 def _results(config: Config, cell: Cell, record: Mapping[str, Any]) -> list[str]:
     summary = record["summary"]
-    radii = {name: value for name, value in dataclasses.asdict(cell).items() if name != "recipe"}
+    radii = {name: value for name, value in dataclasses.asdict(cell).items() if name.startswith("eps")}
     quoted = a5_paper.quote(config.dataset, cell.recipe, **radii)
     paper = "-" if quoted is None else "{:.2f} [{:.2f}, {:.2f}]".format(*quoted)
     everything = f"{report.percent(summary['certified_all'])} ({100 * record['certified_all_by_ibp']:.2f})"
@@ -138,6 +156,23 @@ def _results(config: Config, cell: Cell, record: Mapping[str, Any]) -> list[str]
         return [report.cell(summary), paper, everything, "-", "-"]
     similarity = f"{record['median_psnr']:.1f} dB, {record['median_ssim']:.2f}"
     return [report.cell(summary), paper, everything, report.percent(record["in_8_bits"]), similarity]
+
+
+def _over_seeds(everything: Mapping[Cell, Mapping[str, Any]]) -> Iterator[str]:
+    """Lays out mean and standard deviation of the errors of cells that were trained from several seeds."""
+    groups: dict[Cell, list[Mapping[str, Any]]] = {}
+    for cell, record in everything.items():
+        groups.setdefault(dataclasses.replace(cell, repeat=0), []).append(record["summary"])
+    rows = []
+    for cell, summaries in groups.items():
+        if len(summaries) > 1:
+            errors = [[100 * s[name]["value"] for s in summaries] for name in ("clean", "attacked", "certified")]
+            errors.append([100 * s["certified_all"]["value"] for s in summaries])
+            spread = [f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}" for values in errors]
+            rows.append([RECIPES.get(cell.recipe, "base"), *_radii(cell), str(len(summaries)), *spread])
+    if rows:
+        header = ["recipe", "eps_A", "eps_A^C", "eps_A^R", "eps_D", "seeds", "clean", "attacked", "certified", "all"]
+        yield f"## Errors over seeds, mean and standard deviation\n\n{report.markdown(header, rows)}"
 
 
 def _compared(found: Mapping[Cell, Mapping[str, Any]]) -> Iterator[str]:

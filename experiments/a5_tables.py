@@ -10,7 +10,8 @@ small nets on real data on two cores, `paper` has the paper's networks and the r
 
 Everything goes to `runs/a5_tables/<dataset>-<preset>/`: one JSON and NPZ per cell, `table.md` and pictures. A run that
 is interrupted continues with the same command and ends with the same table. On accelerators all trainings of a recipe
-run together as one program, fewer where memory runs out, on CPUs one after another; `--together N` says how many.
+run together as one program, those of `--seeds N` among them, fewer where memory runs out, on CPUs one after another;
+`--together N` says how many.
 
 Obtained (experiments/results/a5_tables), certified error on digits at eps_A = eps_A^C = 0.1 and eps_D = 0.1, 0.2, 0.3:
 base 23.06 %, A5/O 9.72, 3.33 and 1.39, A5/R 19.17, 15.00 and 13.33, A5/RC 11.94, 9.72 and 8.06. MNIST `cpu`, 129
@@ -68,6 +69,7 @@ class Arguments:
         split: what is robustified and evaluated: test, or validation to choose settings by.
         only: fill only cells whose name contains this text.
         together: how many trainings of a recipe run as one program at most; if empty, all on accelerators, 1 on CPUs.
+        seeds: from how many seeds each cell is trained; the table then has mean and standard deviation too.
     """
 
     dataset: str = "digits"
@@ -78,11 +80,13 @@ class Arguments:
     split: str = "test"
     only: str = ""
     together: str = ""
+    seeds: str = "1"
 
 
 def main(arguments: Arguments) -> Path:
     """Runs every cell that is not done yet, then writes the table and the pictures; returns the output directory."""
-    at_once = _at_once(arguments.together)
+    default = 1 if jax.default_backend() == "cpu" else sys.maxsize
+    at_once = _count("--together", arguments.together) if arguments.together else default
     run = _prepare(arguments)
     wanted = [cell for cell in a5_report.cells(run.config) if arguments.only in cell.name]
     missing = [cell for cell in wanted if records.read(run.directory / "records", cell.name) is None]
@@ -93,16 +97,15 @@ def main(arguments: Arguments) -> Path:
     return a5_report.write(run.directory, run.config)
 
 
-def _at_once(together: str) -> int:
-    if not together:
-        return 1 if jax.default_backend() == "cpu" else sys.maxsize
-    if not together.isdecimal() or int(together) < 1:
-        raise ValueError(f"--together is {together!r}: say how many trainings run at once, 1 or more.")
-    return int(together)
+def _count(option: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{option} is {text!r}: say how many, 1 or more.")
+    return int(text)
 
 
 def _prepare(arguments: Arguments) -> Run:
-    settings = config(arguments.dataset, arguments.preset)
+    num_seeds = _count("--seeds", arguments.seeds)
+    settings = dataclasses.replace(config(arguments.dataset, arguments.preset), num_seeds=num_seeds)
     options = {"root": arguments.root, "archive": arguments.archive}
     suffix = "" if arguments.split == "test" else f"-{arguments.split}"
     directory = Path(arguments.out or f"runs/a5_tables/{settings.dataset}-{settings.preset}{suffix}")

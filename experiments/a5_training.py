@@ -18,7 +18,7 @@ import optax
 
 from experiments import augmentation, runs
 from experiments.a5_presets import Config, Schedule
-from experiments.a5_report import Cell
+from experiments.a5_report import Cell, nth
 from experiments.batches import in_batches
 from rdx import bounds, data, models, robustify
 from rdx.balls import Ball
@@ -85,6 +85,7 @@ class Job:
         params: where it starts.
         source: what it sees.
         stream: which of the run's keys it draws from.
+        repeat: what is added to the run's seed.
         optimizer: the rule of its updates; the paper's by default.
         transform: augmentation, if any.
     """
@@ -95,6 +96,7 @@ class Job:
     params: PyTree
     source: data.Source
     stream: int
+    repeat: int = 0
     optimizer: optax.GradientTransformation | None = None
     transform: Callable[..., PyTree] | None = None
 
@@ -170,8 +172,8 @@ def train(run: Run, job: Job) -> PyTree:
     mesh = data.data_mesh() if batch_size % jax.device_count() == 0 else None
     optimizer = job.rule
     state, history = fit(
-        job.loss, init_state(job.params, {}, optimizer), optimizer, _batches(run, job, mesh), key=_key(run, job.stream),
-        directory=run.path(job.name), **job.options,
+        job.loss, init_state(job.params, {}, optimizer), optimizer, _batches(run, job, mesh),
+        key=_key(run, job.stream, job.repeat), directory=run.path(job.name), **job.options,
     )
     _show(job, history)
     # Training leaves them on every device of the mesh, evaluation happens on one.
@@ -188,7 +190,7 @@ def train_together(run: Run, cells: Iterable[Cell], at_once: int) -> None:
     """
     cells = list(cells)
     stages = (
-        (lambda cell: classifier_job(run, cell.eps_classifier), {"base", "offline", "online", "joint"}),
+        (lambda cell: classifier_job(run, cell.eps_classifier, cell.repeat), {"base", "offline", "online", "joint"}),
         (lambda cell: offline_job(run, cell), {"offline"}), (lambda cell: online_job(run, cell), {"online", "joint"}),
         (lambda cell: joint_job(run, cell), {"joint"}),
     )
@@ -220,9 +222,11 @@ def _train_at_once(run: Run, jobs: list[Job]) -> None:
     name = f"together-{hashlib.sha256(' '.join(job.name for job in jobs).encode()).hexdigest()[:12]}"
     first, optimizer = jobs[0], jobs[0].rule
     print(f"{len(jobs)} at once: {', '.join(job.name for job in jobs)}", flush=True)
+    is_one_order = len({job.repeat for job in jobs}) == 1
     states, histories = fit_together(
         [job.loss for job in jobs], [init_state(job.params, {}, optimizer) for job in jobs], optimizer,
-        _batches(run, first, None), keys=jnp.stack([_key(run, job.stream) for job in jobs]), directory=run.path(name),
+        _batches(run, first, None) if is_one_order else [_batches(run, job, None) for job in jobs],
+        keys=jnp.stack([_key(run, job.stream, job.repeat) for job in jobs]), directory=run.path(name),
         **{**first.options, "label": name},
     )
     for job, state, history in zip(jobs, states, histories, strict=True):
@@ -232,16 +236,16 @@ def _train_at_once(run: Run, jobs: list[Job]) -> None:
     shutil.rmtree(run.path(name))
 
 
-def classifier_job(run: Run, eps: float) -> Job:
-    """Describes the training of a classifier for the radius `eps`."""
+def classifier_job(run: Run, eps: float, repeat: int = 0) -> Job:
+    """Describes the training of a classifier for the radius `eps`, from the run's seed plus `repeat`."""
     settings, schedule = run.config, run.config.base
-    params = run.classifier.model.init(_key(run, 0), data.to_float(run.train.images[:1]))["params"]
+    params = run.classifier.model.init(_key(run, 0, repeat), data.to_float(run.train.images[:1]))["params"]
     loss = standard.cross_entropy(run.classifier)
     if eps > 0:
         rising = ramp(schedule, settings.base_scale * eps, len(run.train))
         loss = certified.phases(run.classifier, Ball(run.norm, 0.0), eps=rising)
     transform = _augment(settings) if settings.base_augmented else None
-    return Job(f"classifier-{eps:.4g}", schedule, loss, params, run.train, 1, transform=transform)
+    return Job(f"classifier-{eps:.4g}{nth(repeat)}", schedule, loss, params, run.train, 1, repeat, transform=transform)
 
 
 def offline_job(run: Run, cell: Cell) -> Job:
@@ -252,25 +256,28 @@ def offline_job(run: Run, cell: Cell) -> Job:
     start = robustify.offline.init(len(source), source.images.shape[1:])
     decay = _decay(schedule, len(source))
     optimizer = None if run.norm == "linf" else _steepest(run.norm, schedule.learning_rate, decay)
-    return Job(cell.training, schedule, loss, start, source, 2, optimizer)
+    return Job(cell.training, schedule, loss, start, source, 2, cell.repeat, optimizer)
 
 
 def online_job(run: Run, cell: Cell) -> Job:
     """Describes A5/R, also that which A5/RC starts from."""
-    params = run.robustifier.model.init(_key(run, 3), data.to_float(run.train.images[:1]))["params"]
+    params = run.robustifier.model.init(_key(run, 3, cell.repeat), data.to_float(run.train.images[:1]))["params"]
     builder = functools.partial(
         robustify.online.online, _legacy(run, cell), run.robustifier, defense=run.defense(cell)
     )
     schedule, name = run.config.online, cell.training.replace("joint", "online")
-    return Job(name, schedule, _phases(run, schedule, cell.eps_robustify, builder), params, run.train, 4)
+    loss = _phases(run, schedule, cell.eps_robustify, builder)
+    return Job(name, schedule, loss, params, run.train, 4, cell.repeat)
 
 
 def joint_job(run: Run, cell: Cell) -> Job:
     """Describes A5/RC."""
-    base, robustifier = train(run, classifier_job(run, cell.eps_classifier)), train(run, online_job(run, cell))
+    base = train(run, classifier_job(run, cell.eps_classifier, cell.repeat))
+    robustifier = train(run, online_job(run, cell))
     builder = functools.partial(robustify.joint.joint, run.classifier, run.robustifier, defense=run.defense(cell))
     loss, params = _phases(run, run.config.joint, cell.eps_robustify, builder), robustify.joint.init(robustifier, base)
-    return Job(cell.training, run.config.joint, loss, params, run.train, 5, transform=_augment(run.config))
+    transform = _augment(run.config)
+    return Job(cell.training, run.config.joint, loss, params, run.train, 5, cell.repeat, transform=transform)
 
 
 def steps_per_epoch(num_examples: int, schedule: Schedule) -> int:
@@ -315,7 +322,7 @@ def _decay(schedule: Schedule, num_examples: int) -> tuple[int, ...]:
 def _legacy(run: Run, cell: Cell) -> LogitsFn:
     if run.legacy is not None:
         return run.legacy
-    return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier)), {})
+    return run.classifier.logits_fn(train(run, classifier_job(run, cell.eps_classifier, cell.repeat)), {})
 
 
 def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any]) -> tuple[Phase, ...]:
@@ -323,7 +330,8 @@ def _phases(run: Run, schedule: Schedule, eps: float, builder: Callable[..., Any
 
 
 def _batches(run: Run, job: Job, mesh: jax.sharding.Mesh | None) -> Callable[[int], PyTree]:
-    sampler = data.Sampler(len(job.source), min(job.schedule.batch_size, len(job.source)), run.config.seed)
+    batch_size = min(job.schedule.batch_size, len(job.source))
+    sampler = data.Sampler(len(job.source), batch_size, run.config.seed + job.repeat)
     loader = data.Loader(job.source, sampler, mesh)
     return lambda step: {**loader(step), "row": jnp.asarray(sampler.indices(step))}
 
@@ -354,8 +362,8 @@ def _apply_online(robustifier: models.Forward, params: PyTree, x: Array, defense
     return robustify.online.apply(robustifier, params, x, defense=defense)
 
 
-def _key(run: Run, stream: int) -> Key:
-    return jax.random.fold_in(jax.random.key(run.config.seed), stream)
+def _key(run: Run, stream: int, repeat: int) -> Key:
+    return jax.random.fold_in(jax.random.key(run.config.seed + repeat), stream)
 
 
 def _show(job: Job, history: list[dict[str, float]]) -> None:

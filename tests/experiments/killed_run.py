@@ -12,7 +12,7 @@ import jax
 from experiments import a5_presets, a5_tables, a5_training
 from rdx import models
 
-TRAINING, EVALUATION = "training", "evaluation"
+TRAINING, TOGETHER, EVALUATION = "training", "together", "evaluation"
 
 
 def settings(dataset, preset):
@@ -30,10 +30,10 @@ def settings(dataset, preset):
     )
 
 
-def run(directory):
+def run(directory, **options):
     """Fills the table."""
     a5_tables.config = settings
-    return a5_tables.main(a5_tables.Arguments(preset="smoke", out=str(directory)))
+    return a5_tables.main(a5_tables.Arguments(preset="smoke", out=str(directory), **options))
 
 
 def _die():
@@ -57,6 +57,25 @@ def _die_in_training(directory):
     a5_training.fit = fit_and_die
 
 
+def _die_together(directory):
+    """Kills the process well after the first checkpoint of several classifiers that train as one program."""
+    checkpoints, batches = pathlib.Path(directory) / "checkpoints", a5_training._batches
+
+    def deadly(run, job, mesh):
+        load = batches(run, job, mesh)
+
+        def load_or_die(step):
+            if job.name.startswith("classifier") and step == 130:
+                while not list(checkpoints.glob("together-*/100")):
+                    time.sleep(0.01)
+                _die()
+            return load(step)
+
+        return load_or_die
+
+    a5_training._batches = deadly
+
+
 def _die_in_evaluation():
     """Kills the process when the second cell is certified and not yet attacked."""
     stages = []
@@ -76,6 +95,8 @@ if __name__ == "__main__":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if sys.argv[2] == TRAINING:
         _die_in_training(sys.argv[1])
+    elif sys.argv[2] == TOGETHER:
+        _die_together(sys.argv[1])
     else:
         _die_in_evaluation()
-    run(sys.argv[1])
+    run(sys.argv[1], **dict(word.split("=") for word in sys.argv[3:]))

@@ -120,28 +120,28 @@ def test_what_stands_beside_the_errors_is_measured_on_the_defended_images(finish
 
 
 def test_trained_together_a_recipe_ends_as_it_does_alone(tmp_path, monkeypatch):
-    """One classifier and two robustifiers, as one program or one after another; the table asks for no more training."""
+    """Two budgets from two seeds, as one program or one after another; the table asks for no more training."""
     def two_budgets(dataset, preset):
         settings = killed_run.settings(dataset, preset)
         return dataclasses.replace(settings, eps_defense=(0.2, 0.3), num_train=64, num_offline=16, num_compared=2)
 
     parameters = []
-    for together in ("1", "2"):
-        arguments = {"preset": "smoke", "out": str(tmp_path / together), "together": together}
+    for together in ("1", "4"):
+        arguments = {"preset": "smoke", "out": str(tmp_path / together), "together": together, "seeds": "2"}
         monkeypatch.setattr(a5_tables, "config", two_budgets)
         run = a5_tables._prepare(a5_tables.Arguments(**arguments))
         cells = [cell for cell in a5_report.cells(run.config) if cell.recipe in {"online", "offline"}]
-        assert len(cells) == 4
-        if together == "2":
-            a5_training.train_together(run, cells, 2)
-            assert not list((tmp_path / "2" / "checkpoints").glob("together-*"))
+        assert len(cells) == 8
+        if together == "4":
+            a5_training.train_together(run, cells, 4)
+            assert not list((tmp_path / "4" / "checkpoints").glob("together-*"))
             monkeypatch.setattr(a5_training, "fit_together", None)
-            a5_training.train_together(run, cells, 2)
+            a5_training.train_together(run, cells, 4)
             monkeypatch.setattr(a5_training.data.Loader, "__call__", None)
         jobs = [a5_training.online_job(run, cell) for cell in cells if cell.recipe == "online"]
         jobs += [a5_training.offline_job(run, cell) for cell in cells if cell.recipe == "offline"]
         parameters.append([a5_training.train(run, job) for job in jobs])
-    for first in (0, 2):  # the robustifiers, then A5/O
+    for first in (0, 2, 4, 6):  # the robustifiers of each seed, then A5/O
         cells_apart = _distance(parameters[0][first], parameters[0][first + 1])
         for place in (first, first + 1):
             # RMSProp divides gradients by themselves at first, so that roundings of near-zero ones move a few numbers.
@@ -221,7 +221,8 @@ def test_mistakes_are_named(tmp_path):
     for changes, message in (
         ({"dataset": "imagenet"}, "use one of digits"), ({"preset": "fast"}, "smoke, cpu or paper"),
         ({"preset": "paper"}, "no digits"),
-        ({"split": "all"}, "Unknown split"), ({"together": "all"}, "how many trainings"),
+        ({"split": "all"}, "Unknown split"), ({"together": "all"}, "--together is 'all'"),
+        ({"seeds": "0"}, "--seeds is '0'"),
     ):
         with pytest.raises(ValueError, match=message):
             a5_tables.main(a5_tables.Arguments(**{"out": str(tmp_path / "x"), **changes}))
@@ -247,12 +248,13 @@ def test_only_fills_the_cells_that_are_named(tmp_path, finished):
     assert re.findall(r"^\| 0\.05 .*$", part, re.MULTILINE) == re.findall(r"^\| 0\.05 .*$", whole, re.MULTILINE)[:1]
 
 
-def _live_until_killed(directory, where):
+def _live_until_killed(directory, where, **options):
     script = str(pathlib.Path(killed_run.__file__))
     cache = jax.config.jax_compilation_cache_dir
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    process = subprocess.run([sys.executable, script, str(directory), where], cwd=ROOT, env=environment, timeout=300,
-                             capture_output=True, text=True)
+    words = [f"{name}={value}" for name, value in options.items()]
+    process = subprocess.run([sys.executable, script, str(directory), where, *words], cwd=ROOT, env=environment,
+                             timeout=300, capture_output=True, text=True)
     assert process.returncode == -9, process.stderr[-2000:]
 
 
@@ -272,6 +274,23 @@ def test_a_run_killed_twice_ends_with_the_same_table(finished, tmp_path):
         (_, straight), (_, resumed) = (records.read(path / "records", cell.name) for path in (finished, directory))
         for name in ("prediction", "certified", "broken", "attacked", "margin_lower", "adversarial_prediction"):
             np.testing.assert_array_equal(getattr(resumed, name), getattr(straight, name), err_msg=name)
+
+
+def test_two_seeds_that_train_together_are_killed_twice_and_end_with_the_same_table(tmp_path):
+    options = {"only": "base", "seeds": "2", "together": "2"}
+    straight, directory = _again(tmp_path / "straight", **options), tmp_path / "killed"
+    _live_until_killed(directory, killed_run.TOGETHER, **options)
+    assert [path.name[:9] for path in (directory / "checkpoints").iterdir()] == ["together-"]
+    _live_until_killed(directory, killed_run.EVALUATION, **options)
+    assert [path.name for path in directory.glob("records/*.json")] == ["base-C0.05-A0.05.json"]
+    _again(directory, **options)
+    text = (straight / "table.md").read_text()
+    assert (directory / "table.md").read_text() == text
+    found = [records.read(straight / "records", f"base-C0.05{seed}-A0.05")[0] for seed in ("", "-S1")]
+    assert len({record["weights"] for record in found}) == 2
+    errors = [100 * record["summary"]["certified_all"]["value"] for record in found]
+    assert f"{np.mean(errors):.2f} +- {abs(errors[0] - errors[1]) / np.sqrt(2):.2f} |" in text
+    assert len(re.findall(r"^\| 0\.05 .*$", text, re.MULTILINE)) == 1  # the tables of the paper show the first seed
 
 
 @pytest.mark.slow
