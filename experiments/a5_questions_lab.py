@@ -47,6 +47,7 @@ class Row:
         methods: how to certify, the cheapest first.
         num_images: how many of the images are evaluated; None for all.
         measure: what else is measured: `(logits_fn, x_defended, labels, result) -> (for the record, arrays)`.
+        against: labels and column of what this is compared with, image by image.
     """
 
     question: str
@@ -57,6 +58,7 @@ class Row:
     methods: tuple[Callable[..., Interval], ...] = (bounds.crown_ibp,)
     num_images: int | None = None
     measure: Callable[[LogitsFn, Array, np.ndarray, Evaluation], tuple[dict[str, Any], dict[str, Any]]] | None = None
+    against: tuple[tuple[str, ...], str] | None = None
 
     @property
     def name(self) -> str:

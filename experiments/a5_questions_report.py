@@ -1,8 +1,10 @@
 """The tables of `experiments.a5_questions`, made from its records."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from experiments import runs
 from experiments.a5_questions_lab import Lab, Row
@@ -20,11 +22,12 @@ def write(lab: Lab) -> Path:
         for row in question.rows(lab):
             record = records.read_arrays(directory / "records", row.name)
             if record is not None:
-                done[row] = record[0]
+                done[row] = record
         if done:
-            table = report.markdown(*_table(question, done))
-            sections.append(f"## {question.title}\n\n{question.note(lab.config)}\n\n{table}")
-        found += done.values()
+            records_of = {row: record for row, (record, _) in done.items()}
+            parts = [f"## {question.title}", question.note(lab.config), report.markdown(*_table(question, records_of))]
+            sections += [*parts, *_pairs(question, {row: arrays["certified"] for row, (_, arrays) in done.items()})]
+            found += records_of.values()
     runs.publish(directory, "\n\n".join([_heading(lab.config, found), *sections]), found)
     return directory
 
@@ -38,6 +41,19 @@ def _table(question: Question, done: Mapping[Row, Mapping[str, Any]]) -> tuple[l
         shown = [cells.get((labels, column), ("-",)) for column in columns]
         rows.append([*labels, *(text for texts in shown for text in texts)])
     return [*question.labels, *(question.headings or columns)], rows
+
+
+def _pairs(question: Question, certified: Mapping[Row, np.ndarray]) -> Iterator[str]:
+    """Compares rows, image by image, with those that they name, where both are done."""
+    places = {(row.labels, row.column): row for row in certified}
+    header, rows = [*question.labels, "", "compared with", *report.PAIRED], []
+    for row, here in certified.items():
+        if row.against in places:
+            there = places[row.against]
+            name = ", ".join(word for word in (*there.labels, there.column) if word not in {"", "-"})
+            rows.append([*row.labels, row.column, name, *report.paired(here, certified[there])])
+    if rows:
+        yield f"### The same images, certified in one case and another\n\n{report.markdown(header, rows)}"
 
 
 def _heading(config: Config, found: list[Mapping[str, Any]]) -> str:

@@ -63,6 +63,7 @@ def _transfer(lab: Lab) -> Iterator[Row]:
             yield Row(
                 "transfer", (DEFENCES[recipe], maker), judge, functools.partial(_judged, lab, recipe, maker, judge),
                 config.ball, num_images=config.num_transferred,
+                against=None if recipe == "base" else ((DEFENCES["base"], "-"), judge),
             )
 
 
@@ -79,7 +80,13 @@ def _norms(lab: Lab) -> Iterator[Row]:
     for norm, eps in lab.config.norms:
         for recipe in DEFENCES:
             make = functools.partial(_in_norm, lab, norm, eps, recipe)
-            yield Row("norms", (norm, f"{eps:g}"), DEFENCES[recipe], make, Ball(norm, eps))
+            labels = (norm, f"{eps:g}")
+            yield Row("norms", labels, DEFENCES[recipe], make, Ball(norm, eps), against=_undefended(recipe, labels))
+
+
+def _undefended(recipe: str, labels: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
+    """Names what a defended cell is compared with: the undefended one in its row."""
+    return None if recipe == "base" else (labels, DEFENCES["base"])
 
 
 def _in_norm(lab: Lab, norm: Norm, eps: float, recipe: str) -> tuple[LogitsFn, Array]:
@@ -95,9 +102,10 @@ def _looseness(lab: Lab) -> Iterator[Row]:
            for recipe in ("offline", "online", "joint") for name, method in methods.items()},
     }
     for (recipe, trained), make in rows.items():
+        against = {"IBP": ((DEFENCES["base"], "-"), ""), "CROWN-IBP": ((DEFENCES[recipe], "IBP"), "")}
         yield Row(
             "looseness", (DEFENCES[recipe], trained), "", make, config.ball, num_images=config.base.num_compared,
-            measure=functools.partial(_certify_by_all, config),
+            measure=functools.partial(_certify_by_all, config), against=against.get(trained),
         )
 
 
@@ -138,12 +146,17 @@ def _show_looseness(record: Mapping[str, Any]) -> tuple[str, ...]:
 def _first_mover(lab: Lab) -> Iterator[Row]:
     for recipe in ("base", "online", "joint"):
         make = functools.partial(made_for, lab, presets.CERTIFIED, recipe)
-        yield Row("first_mover", (DEFENCES[recipe],), "defender first", make, lab.config.ball)
+        labels, undefended = (DEFENCES[recipe],), ((DEFENCES["base"],), "defender first")
+        against = None if recipe == "base" else undefended
+        yield Row("first_mover", labels, "defender first", make, lab.config.ball, against=against)
         if recipe != "base":
             make = functools.partial(_through, lab, recipe)
             # Intervals of the robustifier cover the defender's whole ball: only lines through all layers tell anything.
             methods = (bounds.crown_ibp, bounds.crown)
-            yield Row("first_mover", (DEFENCES[recipe],), "attacker first", make, lab.config.ball, methods)
+            yield Row(
+                "first_mover", labels, "attacker first", make, lab.config.ball, methods,
+                against=(labels, "defender first"),
+            )
 
 
 def _through(lab: Lab, recipe: str) -> tuple[LogitsFn, Array]:
@@ -159,19 +172,23 @@ def _initial_classifier(lab: Lab) -> Iterator[Row]:
     for eps in lab.config.sweep:
         for recipe in ("base", "online", "joint"):
             make = functools.partial(defended, lab.run, lab.config.cell(recipe, eps_classifier=eps))
-            yield Row("initial_classifier", (f"{eps:g}",), DEFENCES[recipe], make, lab.config.ball)
+            labels = (f"{eps:g}",)
+            yield Row(
+                "initial_classifier", labels, DEFENCES[recipe], make, lab.config.ball,
+                against=_undefended(recipe, labels),
+            )
 
 
 def _linf_distance(lab: Lab) -> Iterator[Row]:
-    ball = lab.config.ball
+    ball, relu, distances = lab.config.ball, ("relu", "CROWN-IBP"), ("linf-distance", "half the margin")
     for recipe in ("base", "offline", "online"):
         make = functools.partial(made_for, lab, presets.CERTIFIED, recipe)
-        yield Row("linf_distance", ("relu", "CROWN-IBP"), DEFENCES[recipe], make, ball)
+        yield Row("linf_distance", relu, DEFENCES[recipe], make, ball, against=_undefended(recipe, relu))
     for recipe in ("base", "offline", "online"):
         make = functools.partial(_by_distance, lab, recipe)
         yield Row(
-            "linf_distance", ("linf-distance", "half the margin"), DEFENCES[recipe], make, ball,
-            methods=(certified_by_margin,),
+            "linf_distance", distances, DEFENCES[recipe], make, ball, methods=(certified_by_margin,),
+            against=(relu, DEFENCES["base"]) if recipe == "base" else _undefended(recipe, distances),
         )
 
 
@@ -180,8 +197,9 @@ def _by_distance(lab: Lab, recipe: str) -> tuple[LogitsFn, Array]:
 
 
 def _baselines(lab: Lab) -> Iterator[Row]:
+    nothing = (DEFENCES["base"], "nothing")
     makes = {
-        ("none", "nothing"): functools.partial(made_for, lab, presets.CERTIFIED, "base"),
+        nothing: functools.partial(made_for, lab, presets.CERTIFIED, "base"),
         (_SALMAN, "label, images"): functools.partial(_salman, lab),
         (_MOON, "images"): functools.partial(_moon, lab),
         ("A5/O", "label, images"): functools.partial(made_for, lab, presets.CERTIFIED, "offline"),
@@ -189,7 +207,8 @@ def _baselines(lab: Lab) -> Iterator[Row]:
         ("A5/RC", "training images, retrains C"): functools.partial(made_for, lab, presets.CERTIFIED, "joint"),
     }
     for labels, make in makes.items():
-        yield Row("baselines", labels, "", make, lab.config.ball)
+        against = None if labels == nothing else (nothing, "")
+        yield Row("baselines", labels, "", make, lab.config.ball, against=against)
 
 
 def _salman(lab: Lab) -> tuple[LogitsFn, Array]:

@@ -55,8 +55,12 @@ def _check_table(directory, lab, questions):
     for question in asked:
         rows = list(question.rows(lab))
         assert len({row.name for row in rows}) == len(rows)
-        lines = re.findall(r"^\| .*", sections[question.title], re.MULTILINE)
+        main, pairs = sections[question.title].split("### ")
+        lines = re.findall(r"^\| .*", main, re.MULTILINE)
         assert len(lines) == 1 + len({row.labels for row in rows})
+        compared = [row for row in rows if row.against is not None]
+        assert len(re.findall(r"^\| .*", pairs, re.MULTILINE)) == 1 + len(compared)
+        assert all(row.against in {(other.labels, other.column) for other in rows} for row in compared)
         if not question.headings:
             numbers = re.findall(r"\d\d?\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", "".join(lines))
             assert len(numbers) == len(rows)
@@ -88,6 +92,16 @@ def test_all_questions(finished, lab):
     _ask(finished)
     _check_table(finished, lab, tuple(QUESTIONS))
     _check_order(finished, lab, tuple(QUESTIONS))
+
+
+def test_pairs_count_images_that_one_case_certifies_and_the_other_does_not(finished, lab):
+    found = {(row.labels, row.column): arrays["certified"] for row, _, arrays in _records(finished, lab, ("looseness",))}
+    base, defended = found[("none", "-"), ""], found[("A5/RC", "IBP"), ""]
+    counts = [(defended & ~base).sum(), (base & ~defended).sum(), (base & defended).sum(), (~base & ~defended).sum()]
+    line = re.search(r"^\| A5/RC +\| IBP +\| +\| none +\|(.*)\|$", (finished / "table.md").read_text(), re.MULTILINE)
+    assert line is not None
+    assert [int(cell) for cell in line[1].split("|")[:4]] == counts
+    assert counts[0] > 0
 
 
 def test_complete_verification_narrows_the_true_error(finished, lab):
