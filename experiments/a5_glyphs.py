@@ -18,8 +18,8 @@ Obtained (experiments/results/a5_glyphs), `cpu`, certified error of 992 pictures
 5.44, control 4.33, A5/PC 0.81, A5/PRC 0.10; 27 minutes on two cores. The paper, with its own font, size and network:
 vanilla 100, CROWN-IBP 13.85, A5/P 11.84, A5/PC 4.20. The `paper` preset has not been run yet.
 
-Attacked errors are the worst case of PGD with restarts and APGD with cross entropy (the paper prints none). Certified
-errors are those of CROWN-IBP intersected with IBP (the paper: IBP).
+Attacked errors are those of AutoAttack (the paper prints none). Certified errors are those of CROWN-IBP intersected
+with IBP (the paper: IBP).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import a5_glyphs_report, a5_training, command_line, runs
+from experiments import a5_glyphs_report, a5_training, autoattack, command_line, runs
 from experiments.a5_glyphs_presets import Config, config
 from experiments.a5_presets import Schedule
 from experiments.batches import certified_by_intervals, in_batches
@@ -121,7 +121,7 @@ def _fill(run: Run, recipe: str) -> None:
     start = time.monotonic()
     logits_fn, ball = run.classifier.logits_fn(params["classifier"], {}), Ball("linf", settings.eps_attack)
     shown, x = _photographs(run, settings.num_test), _pictures(run, params)
-    attack_set = _attacks(settings)
+    attack_set = attacks.suite("linf", num_steps=settings.attack_steps, num_queries=settings.attack_queries)
     result = evaluate(
         run.key, logits_fn, x, shown.labels, index=shown.index, ball=ball, attacks=attack_set,
         num_attacked=settings.num_attacked, cross_check=settings.cross_check, on_progress=_show,
@@ -133,7 +133,7 @@ def _fill(run: Run, recipe: str) -> None:
     records.write(run.directory / "records", recipe, {
         "experiment": "a5_glyphs", "recipe": recipe, "config": settings, "summary": summary,
         "certified_all_by_ibp": 1.0 - float(by_ibp.mean()),
-        "attacks": {name: attack.keywords for name, attack in attack_set.items()},
+        "attacks": autoattack.recorded(attack_set),
         "certified_by": "crown_ibp intersected with ibp",
         "data": {"name": run.glyphs.name, "split": settings.split, "size": len(shown), "font": settings.font,
                  "fingerprint": run.glyphs.fingerprint},
@@ -283,13 +283,6 @@ def _take(
     if "robustifier" in params:
         x = online.apply(robustifier, params["robustifier"], x, defense=defense_picture)
     return x
-
-
-def _attacks(settings: Config) -> dict[str, functools.partial]:
-    return {
-        "pgd": functools.partial(attacks.pgd, num_steps=settings.pgd_steps, num_restarts=settings.pgd_restarts),
-        "apgd": functools.partial(attacks.apgd, num_steps=settings.apgd_steps),
-    }
 
 
 def _save_images(run: Run, recipe: str, params: PyTree, x: Array) -> None:

@@ -32,9 +32,8 @@ class Config:
         num_test: pictures of each character that are evaluated.
         num_attacked: how many of these pictures are counted and, unless certified, attacked.
         cross_check: how many certified pictures are attacked nevertheless.
-        pgd_steps: steps of PGD.
-        pgd_restarts: restarts of PGD.
-        apgd_steps: steps of APGD with cross entropy.
+        attack_steps: steps of APGD-CE, APGD-T and FAB-T in AutoAttack.
+        attack_queries: queries of Square in AutoAttack.
         split: "test", or "validation": other pictures, to choose settings by.
         font: of the characters.
         seed: of everything random.
@@ -55,9 +54,8 @@ class Config:
     num_test: int
     num_attacked: int
     cross_check: int
-    pgd_steps: int
-    pgd_restarts: int
-    apgd_steps: int
+    attack_steps: int = 100
+    attack_queries: int = 5000
     has_crown: bool = False
     eps_attack: float = 0.1
     eps_defense: float = 0.5  # the default of the authors' code; the supplement that tells the value is not at hand
@@ -86,7 +84,7 @@ def _cpu() -> Config:
         vanilla=Schedule(20, 20, 0, 1e-3, (15,), 124), base=Schedule(60, 4, 30, 1e-3, (45, 55), 124),
         prototypes=Schedule(20, 0, 0, 1e-3, (15,), 124), retrained=Schedule(40, 0, 2, 1e-3, (28, 36), 124),
         robustified=Schedule(20, 0, 2, 1e-3, (14, 18), 124), prototype_speed=10.0,
-        num_train=64, num_test=16, num_attacked=496, cross_check=50, pgd_steps=40, pgd_restarts=3, apgd_steps=100,
+        num_train=64, num_test=16, num_attacked=496, cross_check=50,
     )
 
 
@@ -100,7 +98,7 @@ def _smoke() -> Config:
         camera=dataclasses.replace(_small_camera(), shift=0.5, degrees=2.0, distortion=0.05, noise=(0.0, 0.02)),
         vanilla=brief(4, 4, 0), base=brief(12, 2, 6), prototypes=brief(6, 0, 0), retrained=brief(6, 0, 1),
         robustified=brief(3, 0, 1), eps_attack=0.02, num_train=8, num_test=2, num_attacked=62, cross_check=8,
-        pgd_steps=4, pgd_restarts=2, apgd_steps=5, has_crown=True,
+        attack_steps=5, attack_queries=20, has_crown=True,
     )
 
 
@@ -112,7 +110,7 @@ def _paper() -> Config:
         robustifier=models.cifar_robustifier().clone(mean=(0.5,)), vanilla=dataclasses.replace(released, warmup=100),
         base=released, prototypes=dataclasses.replace(released, warmup=0, ramp=0), retrained=released,
         robustified=released, prototype_speed=1.0, num_train=100, num_test=80, num_attacked=4960, cross_check=1000,
-        pgd_steps=100, pgd_restarts=10, apgd_steps=100, has_crown=True,
+        has_crown=True,
     )
 
 

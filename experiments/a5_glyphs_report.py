@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import a5_paper, a5_report, runs
+from experiments import a5_paper, a5_report, autoattack, runs
 from experiments.a5_glyphs_presets import Config
 from rdx import plotting
 from rdx.evaluate import Evaluation, records, report
@@ -85,10 +85,10 @@ def _paired(found: Mapping[str, tuple[Mapping[str, Any], Evaluation]]) -> str:
 
 def _notes(config: Config) -> str:
     return (
-        f"An epoch is {config.num_train} new pictures of each character. Attacked: worst case per picture of PGD "
-        f"({config.pgd_steps} steps, {config.pgd_restarts} restarts) and APGD with cross entropy ({config.apgd_steps} "
-        "steps) on every correct picture that is not certified; "
-        f"{config.cross_check} certified ones are attacked as well, and none was broken, or there would be no table. "
+        f"An epoch is {config.num_train} new pictures of each character. Attacked: "
+        f"{autoattack.described(config.attack_steps, config.attack_queries)} on every correct picture that is not "
+        f"certified; {config.cross_check} certified ones are attacked as well, and none was broken, or there would be "
+        "no table. "
         "Certified by CROWN-IBP and IBP together, in parentheses by IBP alone.\n\n"
         "The paper's column is quoted as printed: its characters are Comic Sans at 128 x 128 pixels, its network is "
         "larger, and its certified error is that of IBP. It trains its certified classifier without loss fusion."

@@ -50,7 +50,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import a5_questions_report, a5_training, command_line
+from experiments import a5_questions_report, a5_training, autoattack, command_line
 from experiments.a5_questions_lab import Lab, Row
 from experiments.a5_questions_presets import config
 from experiments.a5_questions_rows import QUESTIONS
@@ -118,8 +118,7 @@ def _fill(lab: Lab, row: Row) -> None:
         "experiment": "a5_questions", "question": row.question, "labels": row.labels, "column": row.column,
         "config": lab.config, "ball": {"norm": row.ball.norm, "eps": row.ball.eps}, "summary": summary, **more,
         "certified_by": " or ".join(method.__name__ for method in row.methods),
-        "attacks": {name: {"num_steps": base.attack_queries if name == "square" else base.attack_steps}
-                    for name in attack_set},
+        "attacks": autoattack.recorded(attack_set),
         "data": {"name": test.name, "split": test.split, "size": len(lab.run.test), "evaluated": len(test),
                  "fingerprint": test.fingerprint, "train_size": len(lab.run.train)},
         "weights": resumption.digest(logits_fn),

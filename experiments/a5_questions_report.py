@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import runs
+from experiments import autoattack, runs
 from experiments.a5_questions_lab import Lab, Row
 from experiments.a5_questions_presets import Config
 from experiments.a5_questions_rows import QUESTIONS, Question
@@ -65,10 +65,10 @@ def _heading(config: Config, found: list[Mapping[str, Any]]) -> str:
     return (
         f"# Questions that A5 leaves open, on {config.dataset}, preset `{config.preset}`\n\n"
         f"{sizes}Errors in percent: clean [attacked, certified], all three counted on the same images. Certified by "
-        f"CROWN-IBP and IBP together, where nothing else is said, and confirmed in float64. Attacked: AutoAttack, "
-        f"version standard (APGD-CE, APGD-T and FAB-T with {base.attack_steps} steps, Square with "
-        f"{base.attack_queries} queries), on every correct image that is not certified; {base.cross_check} certified "
-        f"images a cell are attacked as well, and none was broken, or there would be no table. The attacker sees the "
+        f"CROWN-IBP and IBP together, where nothing else is said, and confirmed in float64. Attacked: "
+        f"{autoattack.described(base.attack_steps, base.attack_queries)}, on every correct image that is not "
+        f"certified; {base.cross_check} certified images a cell are attacked as well, and none was broken, or there "
+        f"would be no table. The attacker sees the "
         f"defended image and the classifier. Classifier: {describe(base.classifier)}; another architecture: "
         f"{describe(config.other)}. Robustifier: {describe(base.robustifier)}."
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import a5_certificates, a5_paper, runs
+from experiments import a5_certificates, a5_paper, autoattack, runs
 from experiments.a5_presets import Config
 from rdx import models, plotting
 from rdx.evaluate import Evaluation, records, report
@@ -208,8 +208,8 @@ def _paired(results: Mapping[Cell, Evaluation]) -> Iterator[str]:
 
 def _notes(config: Config) -> str:
     return (
-        f"Attacked: AutoAttack, version standard (APGD-CE, APGD-T and FAB-T with {config.attack_steps} steps, Square "
-        f"with {config.attack_queries} queries), on every correct one of these images that is not certified; "
+        f"Attacked: {autoattack.described(config.attack_steps, config.attack_queries)}, on every correct one of these "
+        "images that is not certified; "
         f"{config.cross_check} certified images are attacked as well, and none was broken, or there would be no table. "
         "The attacker sees the defended image and the classifier, and does not run the defender again, as in the "
         f"paper. A5/O knows the label and optimises the test images themselves; \"epochs\" are its updates per image."

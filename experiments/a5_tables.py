@@ -45,12 +45,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import a5_certificates, a5_report, a5_training, batches, command_line
-from experiments.a5_presets import Config, config
+from experiments import a5_certificates, a5_report, a5_training, autoattack, batches, command_line
+from experiments.a5_presets import config
 from experiments.a5_training import Run
 from rdx import analyse, attacks, data, metrics
 from rdx.attacks import resumption
-from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
 from rdx.types import Array, LogitsFn
@@ -119,7 +118,7 @@ def _fill(run: Run, cell: a5_report.Cell) -> None:
     logits_fn, x_defended = a5_training.defended(run, cell)
     seconds_training = time.monotonic() - start
     settings, test = run.config, run.evaluated(cell)
-    attack_set = _attacks(settings)
+    attack_set = attacks.suite("linf", num_steps=settings.attack_steps, num_queries=settings.attack_queries)
     result = evaluate(
         jax.random.key(settings.seed), logits_fn, x_defended, test.labels, index=test.index,
         ball=Ball("linf", cell.eps_attack), attacks=attack_set, num_attacked=settings.num_attacked,
@@ -130,8 +129,7 @@ def _fill(run: Run, cell: a5_report.Cell) -> None:
     summary = records.summarize(result, tuple(attack_set))
     records.write(run.directory / "records", cell.name, {
         "experiment": "a5_tables", "cell": cell, "config": settings, "summary": summary, **more,
-        "attacks": {name: {"num_steps": settings.attack_queries if name == "square" else settings.attack_steps}
-                    for name in attack_set},
+        "attacks": autoattack.recorded(attack_set),
         "certified_by": "crown_ibp intersected with ibp",
         "data": {"name": test.name, "split": test.split, "size": len(test), "fingerprint": test.fingerprint,
                  "train_size": len(run.train)},
@@ -171,10 +169,6 @@ def _measure(
         "in_8_bits": metrics.rate(~in_8_bits),
         "median_psnr": float(np.median(psnr)), "median_ssim": float(np.median(ssim)),
     }
-
-
-def _attacks(settings: Config) -> dict[str, Attack]:
-    return attacks.suite("linf", num_steps=settings.attack_steps, num_queries=settings.attack_queries)
 
 
 def _show(stage: str, done: int, total: int) -> None:

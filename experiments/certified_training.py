@@ -39,7 +39,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import augmentation, command_line, runs, tramer_runs
+from experiments import augmentation, autoattack, command_line, runs, tramer_runs
 from experiments import certified_training_methods as methods
 from experiments import certified_training_report as table
 from experiments.certified_training_presets import Config, Method, config
@@ -118,8 +118,9 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     source, ball = run.parts.held_out if is_tuning else run.parts.test, Ball("linf", run.config.eps)
     x = data.to_float(source.images)
     verifiers = (bounds.ibp,) if method.kind == "linf_distance" else (bounds.ibp, bounds.crown_ibp, bounds.crown)
-    steps, queries = run.config.num_steps, run.config.num_queries
-    attack_set = {} if is_tuning else attacks.suite("linf", num_steps=steps, num_queries=queries)
+    attack_set = {} if is_tuning else attacks.suite(
+        "linf", num_steps=run.config.num_steps, num_queries=run.config.num_queries
+    )
     result = evaluate(
         run.key, logits_fn, x, source.labels, index=source.index, ball=ball, attacks=attack_set, method=verifiers,
         num_attacked=run.config.num_attacked, cross_check=run.config.cross_check, is_diagnosed=not is_tuning,
@@ -130,7 +131,7 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
         "experiment": "certified_training", "method": method, "weight": weight, "config": run.config,
         "network": str(methods.network(run.config, method).model),
         "summary": summary, "certified_by": by,
-        "attacks": {name: {"num_steps": queries if name == "square" else steps} for name in attack_set},
+        "attacks": autoattack.recorded(attack_set),
         "weights": resumption.digest(logits_fn),
         "data": run.parts.record(),
         "evaluated": source.split if not is_tuning else "held out", "history": history[-1:],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import runs
+from experiments import autoattack, runs
 from experiments.certified_training_presets import Config, Method
 from rdx.evaluate import ContradictionError, Evaluation, records, report
 
@@ -146,8 +146,8 @@ def _references(found: Mapping[Method, Any]) -> str:
 def _notes(config: Config) -> str:
     return (
         "Natural and certified accuracy are those of all test images; the last three columns count the first "
-        f"{config.num_attacked}. Attacked: AutoAttack, version standard (APGD-CE, APGD-T and FAB-T with "
-        f"{config.num_steps} steps, Square with {config.num_queries} queries) on every correct image that is not "
+        f"{config.num_attacked}. Attacked: {autoattack.described(config.num_steps, config.num_queries)} on every "
+        f"correct image that is not "
         f"certified; {config.cross_check} certified images are attacked as well, and none was broken, or there would "
         "be no table. "
         "Certified: confirmed in float64 with a proved allowance for rounding. Networks with BatchNorm start from "
