@@ -78,6 +78,6 @@ def _certify(
     batch_size: int = 500,
 ) -> np.ndarray:
     return evaluate(
-        jax.random.key(0), logits_fn, x, labels, ball=ball, attacks={}, method=method, is_diagnosed=False,
+        jax.random.key(0), logits_fn, x, labels, ball=ball, attacks={}, method=method, diagnose=None,
         batch_size=min(batch_size, len(labels)),
     ).certified

@@ -109,7 +109,7 @@ def _fill(lab: Lab, row: Row) -> None:
     attack_set = attacks.suite(row.ball.norm, num_steps=base.attack_steps, num_queries=base.attack_queries)
     result = evaluate(
         jax.random.key(base.seed), logits_fn, x_defended, test.labels, index=test.index, ball=row.ball,
-        attacks=attack_set, method=row.methods, cross_check=base.cross_check, is_diagnosed=False,
+        attacks=attack_set, method=row.methods, cross_check=base.cross_check, diagnose=None,
     )
     seconds_evaluation = time.monotonic() - start - seconds_training
     more, arrays = ({}, {}) if row.measure is None else row.measure(logits_fn, x_defended, test.labels, result)

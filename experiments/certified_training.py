@@ -46,7 +46,7 @@ from experiments.certified_training_presets import Config, Method, config
 from rdx import attacks, bounds, data
 from rdx.attacks import resumption
 from rdx.balls import Ball
-from rdx.evaluate import evaluate, records, shared
+from rdx.evaluate import diagnose, evaluate, records, shared
 from rdx.train import fit
 from rdx.types import Key, LogitsFn
 
@@ -123,7 +123,8 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     )
     result = evaluate(
         run.key, logits_fn, x, source.labels, index=source.index, ball=ball, attacks=attack_set, method=verifiers,
-        num_attacked=run.config.num_attacked, cross_check=run.config.cross_check, is_diagnosed=not is_tuning,
+        num_attacked=run.config.num_attacked, cross_check=run.config.cross_check,
+        diagnose=None if is_tuning else diagnose,
     )
     by = {verifier.__name__: float(np.mean(result.certified_by == i)) for i, verifier in enumerate(verifiers)}
     summary = records.summarize(result, tuple(attack_set))

@@ -19,7 +19,7 @@ from rdx.attacks import resumption, signatures
 from rdx.attacks.signatures import Attack
 from rdx.balls import Ball
 from rdx.evaluate import shared
-from rdx.evaluate.diagnostics import diagnose
+from rdx.evaluate.diagnostics import Diagnosis, diagnose
 from rdx.types import Array, ArrayLike, Key, LogitsFn, RandomLogitsFn
 
 # A method of `rdx.bounds`, `(fn, region, *args) -> Interval`.
@@ -74,7 +74,8 @@ def evaluate(
     key: Key, logits_fn: LogitsFn, x: Array, labels: ArrayLike, *, ball: Ball, attacks: Mapping[str, Attack],
     method: Method | Sequence[Method] = bounds.crown_ibp, num_attacked: int | None = None, cross_check: int = 100,
     batch_size: int = 500, index: np.ndarray | None = None, on_progress: Callable[[str, int, int], None] | None = None,
-    checkpoint: str | Path | None = None, is_diagnosed: bool = True, random_fn: RandomLogitsFn | None = None,
+    checkpoint: str | Path | None = None, random_fn: RandomLogitsFn | None = None,
+    diagnose: Callable[..., Diagnosis] | None = diagnose,
 ) -> Evaluation:
     """Evaluates a classifier on inputs that may have been defended already.
 
@@ -102,9 +103,10 @@ def evaluate(
             interrupted goes on from there, and the file disappears at the end. That of another evaluation is refused,
             as far as they can be told apart: not by what a plain closure holds, see
             `rdx.attacks.resumption.digest`.
-        is_diagnosed: whether the first examples are searched for signs that the attacked error is an illusion.
         random_fn: `(keys [B], x) -> logits`, a random model that `logits_fn` stands for, by the mean of some draws say.
             It is diagnosed in its place, but for the certificates, which are of `logits_fn`.
+        diagnose: searches the first examples for signs that the attacked error is an illusion, as `evaluate.diagnose`
+            does; `partial(evaluate.diagnose, substitute=other, is_thorough=True)` asks more. None to leave it out.
 
     Returns:
         Per-example results.
@@ -135,7 +137,7 @@ def evaluate(
         key, logits_fn, x, label, ball, attacks, np.flatnonzero(attacked), index, batch_size, report, saved, store
     )
     diagnosis = None
-    if is_diagnosed:
+    if diagnose is not None:
         report("diagnose", 0, 1)
         told = diagnose(
             shared.key_of(key, "diagnosis"), logits_fn if random_fn is None else random_fn, x, label, ball=ball,

@@ -74,7 +74,7 @@ def test_attacks_without_keys_take_part_in_evaluations_and_transfers(name, key):
     attack, ball = _short(CASES[name].attack), Ball("linf", 0.1)
     transferred = attacks.transfer(attack, model)
     found = evaluate.evaluate(
-        key, model, x, labels, ball=ball, attacks={name: attack, "again": transferred}, is_diagnosed=False
+        key, model, x, labels, ball=ball, attacks={name: attack, "again": transferred}, diagnose=None
     )
     assert found.broken.any()
     suite = {"transferred": transferred, name: attack}
@@ -103,7 +103,7 @@ def test_targets_follow_the_examples_of_an_evaluation(key):
     labels = labels.at[::5].set(targets[::5])  # those that are wrong already are not attacked
     attack = functools.partial(attacks.bim, goal=goals.target(targets, losses.targeted_margin), num_steps=5)
     found = evaluate.evaluate(
-        key, model, x, labels, ball=Ball("linf", 0.15), attacks={"bim": attack}, batch_size=16, is_diagnosed=False
+        key, model, x, labels, ball=Ball("linf", 0.15), attacks={"bim": attack}, batch_size=16, diagnose=None
     )
     wanted = attack(model, x, labels, ball=Ball("linf", 0.15)).success
     reached = found.adversarial_prediction == np.asarray(targets)

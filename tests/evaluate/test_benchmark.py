@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from rdx import attacks, bounds
 from rdx.balls import Ball
-from rdx.evaluate import ContradictionError, Diagnosis, Evaluation, benchmark, check, evaluate, records
+from rdx.evaluate import ContradictionError, Diagnosis, Evaluation, check, diagnose, evaluate, records
 from rdx.types import AttackResult
 
 N, BALL = 37, Ball("linf", 0.1)
@@ -50,7 +50,7 @@ def _run(kind=_mlp, num_classes=4, attack_set=None, **options):
     x, labels = _data(kind, num_classes)
     attack_set = {"pgd": PGD, "apgd": APGD} if attack_set is None else attack_set
     return evaluate(jax.random.key(3), _model(kind, num_classes), x, labels, **{
-        "ball": BALL, "attacks": attack_set, "batch_size": 16, "is_diagnosed": False, **options
+        "ball": BALL, "attacks": attack_set, "batch_size": 16, "diagnose": None, **options
     })
 
 
@@ -174,7 +174,7 @@ def test_too_high_bounds_are_contradicted_by_a_real_attack():
     with pytest.raises(ContradictionError, match="certified and broken by an attack"):
         evaluate(
             jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL,
-            is_diagnosed=False, attacks={"pgd": PGD}, method=_optimist,
+            diagnose=None, attacks={"pgd": PGD}, method=_optimist,
         )
 
 
@@ -189,7 +189,7 @@ def test_without_the_cross_check_and_wrong_labels_the_broken_certifier_would_pas
     right = np.asarray(_model(_mlp, 4)(x).argmax(axis=1)) == labels
     result = evaluate(
         jax.random.key(0), _model(_mlp, 4), x[right], labels[right], ball=BALL,
-        is_diagnosed=False, attacks={"pgd": PGD}, method=_optimist, cross_check=0,
+        diagnose=None, attacks={"pgd": PGD}, method=_optimist, cross_check=0,
     )
     assert result.certified.all()
     assert not result.attacked.any()
@@ -259,7 +259,7 @@ def test_bad_inputs_are_refused_before_any_work(what, message):
     with pytest.raises(ValueError, match=message):
         evaluate(
             jax.random.key(0), _model(_mlp, 4), x, labels, ball=ball,
-            is_diagnosed=False, attacks={"pgd": PGD}, batch_size=8, method=never, on_progress=never,
+            diagnose=None, attacks={"pgd": PGD}, batch_size=8, method=never, on_progress=never,
         )
 
 
@@ -274,7 +274,7 @@ def test_nan_logits_are_wrong_and_never_certified():
     bad = np.asarray(x[:, 0, 0, 0] > 0.6)
     result = evaluate(
         jax.random.key(0), model, x, labels, ball=BALL,
-        is_diagnosed=False, attacks={"spy": Spy()}, batch_size=16, method=bounds.ibp,
+        diagnose=None, attacks={"spy": Spy()}, batch_size=16, method=bounds.ibp,
     )
     assert 3 < bad.sum() < N - 3
     np.testing.assert_array_equal(result.prediction[bad], -1)
@@ -336,26 +336,25 @@ def test_the_checkpoint_of_another_evaluation_is_refused(tmp_path):
 
 
 def test_the_number_comes_with_a_diagnosis(tmp_path):
-    result = _run(is_diagnosed=True)
+    result = _run(diagnose=functools.partial(diagnose, substitute=_model(_linear, 4)))
     assert result.diagnosis["num_examples"] == 32
     status = {told["name"]: told["status"] for told in result.diagnosis["checks"]}
     assert status["certificates"] == "ok"
-    assert status["gradients"] == "ok"
+    assert status["gradients"] == status["knowledge"] == "ok"
     records.write(tmp_path, "cell", {}, result)
     record, again = records.read(tmp_path, "cell")
     assert again.diagnosis == record["diagnosis"] == json.loads(json.dumps(result.diagnosis))
 
 
-def test_a_random_model_is_diagnosed_as_one(monkeypatch):
+def test_a_random_model_is_diagnosed_as_one():
     asked = []
 
     def spy(key, model, x, labels, **options):
         asked.append((model, options))
         return Diagnosis((), 0)
 
-    monkeypatch.setattr(benchmark, "diagnose", spy)
-    _run(attack_set={}, is_diagnosed=True)
-    _run(attack_set={}, is_diagnosed=True, random_fn=_random)
+    _run(attack_set={}, diagnose=spy)
+    _run(attack_set={}, diagnose=spy, random_fn=_random)
     assert [options["is_random"] for _, options in asked] == [False, True]
     assert asked[1][0] is _random
     # The certificates are not of the random model.
