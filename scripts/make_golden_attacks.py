@@ -24,6 +24,19 @@ Part fab, 200 problems of 6 elements in the box [0, 1], some of which the box ca
 
     points [200, 6]  w [200, 6]  b [200]       <norm> [200, 6]: the step onto the hyperplane
 
+Part fab_steps, on the nets and inputs of the parts apgd_*, 20 steps from the clean input towards the boundary of the
+second likeliest class (targeted) or of the nearest (all; inputs in the middle, where the box decides nothing):
+
+    <net>.<norm>.<targeted|all>.points [20, 4, ...]     where each step begins
+
+Part square_steps: two-channel images of 10 x 10 and a net 200-16-5, with the code's own draws, the same for all images:
+
+    <layer>.weight  <layer>.bias  x [4, 2, 10, 10]  labels [4]  eps.<norm> []
+    <norm>.start [4, 2, 10, 10]                  the first perturbed inputs
+    <norm>.windows [60, 1 or 2, 2]               row and column of the window, and of the one that mass is taken from
+    <norm>.signs [60, 2]  <norm>.turned [60]     sign of each channel; whether the pattern lies on its side
+    <norm>.loss [60, 4]                          margin of each proposal
+
 Part square: <norm>.<side of the image> [queries]: side of the square in every query; p [9000]: the share that is
 changed, and p.rescaled [1000] with the schedule rescaled to 1,000 queries.
 
@@ -203,6 +216,88 @@ def record_square():
     return stored
 
 
+def record_fab_steps():
+    """Notes where each step of FAB begins."""
+    import torch
+    from autoattack.fab_pt import FABAttack_PT
+
+    stored = {}
+    for name, norm, is_targeted in itertools.product(NETS, EPS, (True, False)):
+        arrays = draw_arrays(name)
+        net, x = build(name, arrays), torch.tensor(arrays["x.box" if is_targeted else "x.middle"], dtype=torch.float64)
+        attack = FABAttack_PT(net, norm=norm.capitalize(), n_iter=20, eps=EPS[norm], device="cpu")
+        points, attack.target_class = [], 2
+        method = f"get_diff_logits_grads_batch{'_targeted' if is_targeted else ''}"
+        linearise = getattr(attack, method)
+
+        def noting(point, *classes, linearise=linearise, points=points):
+            points.append(point.numpy().copy())
+            return linearise(point, *classes)
+
+        setattr(attack, method, noting)
+        attack.attack_single_run(x, net(x).argmax(dim=1), is_targeted=is_targeted)
+        stored[f"{name}.{norm}.{'targeted' if is_targeted else 'all'}.points"] = np.array(points)
+    return stored
+
+
+def record_square_steps(num_queries=60):
+    """Notes what Square draws in every query, and what becomes of it."""
+    import torch
+    from autoattack.square import SquareAttack
+    from torch.nn import functional
+
+    rng, shape = np.random.default_rng(3), (NUM_INPUTS, 2, 10, 10)
+    stored = {
+        "dense1.weight": rng.normal(size=(16, 200)) * 0.1, "dense1.bias": rng.normal(size=16) * 0.1,
+        "dense2.weight": rng.normal(size=(5, 16)) * 0.5, "dense2.bias": rng.normal(size=5) * 0.1,
+        "x": np.clip(1.6 * rng.uniform(size=shape) - 0.3, 0.0, 1.0),
+    }
+    w = {key: torch.tensor(value) for key, value in stored.items()}
+
+    def net(x):
+        hidden = functional.linear(x.flatten(1), w["dense1.weight"], w["dense1.bias"]).relu()
+        return functional.linear(hidden, w["dense2.weight"], w["dense2.bias"])
+
+    torch.manual_seed(0)
+    labels, rand = net(w["x"]).argmax(dim=1), torch.rand
+    stored["labels"] = labels.numpy()
+    for norm, eps in {"linf": 0.01, "l2": 0.1, "l1": 0.5}.items():
+        draws = {"windows": [], "signs": [], "turned": [], "loss": []}
+        attack = SquareAttack(net, norm=norm.capitalize(), n_queries=num_queries, eps=eps, resc_schedule=False)
+
+        def integer(low, high, draws=draws):
+            draws["windows"].append(int(low + (high - low) * rand(1)))
+            return draws["windows"][-1]
+
+        def signs(sizes, draws=draws):
+            # One sign for each channel of all images.
+            one = torch.sign(2.0 * rand([1, *sizes[-3:]]) - 1.0)
+            draws["signs"].append(one[0, :, 0, 0].numpy())
+            return one.expand(sizes) if len(sizes) == 4 else one[0]
+
+        def margin_and_loss(x, y, judge=attack.margin_and_loss, norm=norm, draws=draws):
+            stored.setdefault(f"{norm}.start", x.numpy().copy())
+            draws["loss"].append(judge(x, y)[1].numpy())
+            return judge(x, y)
+
+        def turn(sizes, draws=draws):
+            draws["turned"].append(rand(sizes))
+            return draws["turned"][-1]
+
+        attack.random_int, attack.random_choice, attack.margin_and_loss, torch.rand = (
+            integer, signs, margin_and_loss, turn
+        )
+        attack.init_hyperparam(w["x"])
+        attack.attack_single_run(w["x"].clone(), labels)
+        torch.rand, stored[f"eps.{norm}"] = rand, np.float64(eps)
+        # What came before the first query made the starting point.
+        stored[f"{norm}.windows"] = np.array(draws["windows"]).reshape(num_queries, -1, 2)
+        stored[f"{norm}.signs"] = np.array(draws["signs"][-num_queries:])
+        stored[f"{norm}.turned"] = np.array([draw.item() > 0.5 for draw in draws["turned"][-num_queries:]])
+        stored[f"{norm}.loss"] = np.array(draws["loss"][1:])
+    return stored
+
+
 def main():
     """Writes the file of every part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -214,7 +309,10 @@ def main():
     except ImportError as error:
         sys.exit(f"{error}: run this script in a Python environment with torch and autoattack installed.")
 
-    parts = {"dlr": record_dlr, "fab": record_fab, "square": record_square}
+    parts = {
+        "dlr": record_dlr, "fab": record_fab, "fab_steps": record_fab_steps, "square": record_square,
+        "square_steps": record_square_steps,
+    }
     parts.update({f"apgd_{name}": lambda name=name: record_apgd(name) for name in NETS})
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
