@@ -13,7 +13,8 @@ Everything goes to `runs/attack_gallery/<preset>/`: one JSON and NPZ per net, at
 A run that is interrupted continues with the same command and ends with the same table.
 
 Transfer attacks are made on a substitute, a third net that was trained adversarially from another seed, as the paper's
-robust substitutes were. Black-box attacks have the budget that the table states. The `paper` preset has its own nets (a
+robust substitutes were; one on the mean logits of it and a fourth. Black-box attacks have the budget that the table
+states. Below each table stands what `rdx.evaluate.diagnose` says of the net. The `paper` preset has its own nets (a
 ResNet-56, and a wide one trained by PGD), not the weights that the paper downloaded, and has not been run yet.
 
 `cpu`, 66 minutes: AutoAttack leaves the undefended net 0.0 % at linf 0.2, 16.8 at l2 1.5 and 20.7 at l1 8, the robust
@@ -35,8 +36,9 @@ from experiments import command_line, gallery_report, runs
 from experiments.gallery_attacks import Case, bind, cases
 from experiments.gallery_presets import Config, config
 from rdx import attacks, data, models
+from rdx.attacks import resumption
 from rdx.balls import Ball
-from rdx.evaluate import curves, shared
+from rdx.evaluate import curves, diagnose, records, shared
 from rdx.train import adversarial, fit, init_state, schedules, standard
 from rdx.types import Array, Key, LogitsFn, PyTree
 
@@ -78,6 +80,8 @@ def main(arguments: Arguments) -> Path:
         for case in cases(run.config):
             if arguments.only in f"{net}-{case.name}":
                 _attack(run, net, case)
+        if arguments.only in (name := gallery_report.diagnosis_name(net)):
+            _diagnose(run, net, name)
     return gallery_report.write(run.directory, run.config)
 
 
@@ -93,16 +97,16 @@ def _prepare(arguments: Arguments) -> Run:
 
 def _attack(run: Run, net: str, case: Case) -> None:
     """Runs one attack on one net and writes its records, those that are not there yet."""
-    name, records = f"{net}-{case.name}", run.directory / "records"
-    if curves.read(records, f"{name}-strength") is None:
+    name, directory = f"{net}-{case.name}", run.directory / "records"
+    if curves.read(directory, f"{name}-strength") is None:
         _write(run, net, case, "strength", functools.partial(_follow, run, net, case))
     is_searched = case.entry.kind in run.config.searched and not case.entry.is_minimal
-    if is_searched and curves.read(records, f"{name}-eps") is None:
+    if is_searched and curves.read(directory, f"{name}-eps") is None:
         _write(run, net, case, "eps", functools.partial(_search, run, net, case))
 
 
 def _follow(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
-    attack = bind(case.entry, run.config, _substitute(run, case))
+    attack = bind(case.entry, run.config, *_substitutes(run, case.entry.num_substitutes))
     ball = Ball(case.norm, np.inf if case.entry.is_minimal else case.eps)
     return curves.against_strength(
         _key(run, case.name), _net(run, net), attack=attack, ball=ball, within=case.eps, **common
@@ -111,7 +115,7 @@ def _follow(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
 
 def _search(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
     settings = dataclasses.replace(run.config, num_steps=run.config.search_steps)
-    attack = bind(case.entry, settings, _substitute(run, case), trace=False)
+    attack = bind(case.entry, settings, *_substitutes(run, case.entry.num_substitutes), trace=False)
     return curves.minimal_eps(
         _key(run, case.name), _net(run, net), attack=attack, ball=Ball(case.norm, case.eps / 2),
         num_bisections=run.config.num_bisections, grid=gallery_report.grid(case.eps), **common,
@@ -131,15 +135,32 @@ def _write(run: Run, net: str, case: Case, what: str, measure: Any) -> None:
         "norm": case.norm, "eps": case.eps, "options": dict(case.entry.options(run.config)), "config": run.config,
         "data": {"name": run.test.name, "split": run.test.split, "size": len(run.test),
                  "fingerprint": run.test.fingerprint, "train_size": len(run.train)},
-        "seconds": seconds,
+        "weights": resumption.digest(_net(run, net)), "seconds": seconds,
     }, curve)
     shown = curve.accuracy()[-1] if what == "strength" else None
     text = f"accuracy {100 * shown.value:.1f} %" if shown else f"median distance {curve.median():.4g}"
     print(f"  {net}-{case.name}: {text}  ({seconds:.1f} s)", flush=True)
 
 
-def _substitute(run: Run, case: Case) -> LogitsFn | None:
-    return _net(run, "substitute") if case.entry.needs_substitute else None
+def _diagnose(run: Run, net: str, name: str) -> None:
+    """Asks whether the accuracies of a net can be trusted, in the first norm and at its radius."""
+    directory, (norm, eps) = run.directory / "records", run.config.radii[0]
+    if records.read_arrays(directory, name) is not None:
+        return
+    start = time.monotonic()
+    told = diagnose(
+        _key(run, name), _net(run, net), data.to_float(run.test.images), run.test.labels, ball=Ball(norm, eps),
+        is_thorough=True, substitute=_substitutes(run, 1)[0],
+    )
+    records.write_arrays(directory, name, {
+        "experiment": "attack_gallery", "net": net, "norm": norm, "eps": eps, "diagnosis": told.summary(),
+        "config": run.config, "seconds": time.monotonic() - start,
+    }, {"index": run.test.index[: told.num_examples]})
+    print(f"  {name}: {told.status}", flush=True)
+
+
+def _substitutes(run: Run, number: int) -> list[LogitsFn]:
+    return [_net(run, name) for name in ("substitute", "substitute 2")[:number]]
 
 
 def _net(run: Run, name: str) -> LogitsFn:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.tree_util import Partial
 
 from experiments.gallery_presets import Config
-from rdx import attacks
+from rdx import attacks, goals, losses
 from rdx.attacks import Loop
 from rdx.attacks.prgf import gradient_prior
 from rdx.attacks.transfer import diverse_inputs, smoothing_kernel, transfer, translation_invariant
-from rdx.types import AttackResult, LogitsFn, Norm
+from rdx.types import Array, AttackResult, LogitsFn, Norm
 
 WHITE, MINIMAL, SCORE, DECISION, TRANSFER, SUITE = (
     "white box", "minimal norm", "score", "decision", "transfer", "suite"
@@ -29,6 +30,14 @@ def _same(substitute: LogitsFn) -> LogitsFn:
     return substitute
 
 
+def _fused(*substitutes: LogitsFn) -> Partial:
+    return Partial(_mean_logits, attacks.ensemble(*substitutes))
+
+
+def _mean_logits(ensemble: Partial, x: Array) -> Array:
+    return ensemble(x).mean(axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One attack of the gallery.
@@ -39,7 +48,9 @@ class Entry:
         norms: in which norms it is run.
         options: from the preset to the attack's keywords.
         label: its name in the table; `attack` if empty.
-        substitute: what transfer attacks make of the substitute before they attack it.
+        climbs: the loss that it climbs, where that is not its default.
+        substitute: what transfer attacks make of the substitutes before they attack them.
+        num_substitutes: how many other nets it is made on or helped by.
         prior: whether it is given the substitute's gradient, as `prior_fn`.
         seeks_distance: whether it looks for the smallest perturbation, so that one run gives success at every radius;
             minimal-norm and decision-based attacks do.
@@ -50,7 +61,9 @@ class Entry:
     norms: tuple[Norm, ...]
     options: Callable[[Config], Mapping[str, Any]] = _nothing
     label: str = ""
-    substitute: Callable[[LogitsFn], LogitsFn] = _same
+    climbs: Callable[..., Array] | None = None
+    substitute: Callable[..., LogitsFn] = _same
+    num_substitutes: int = 0
     prior: bool = False
     seeks_distance: bool | None = None
 
@@ -63,11 +76,6 @@ class Entry:
     def is_minimal(self) -> bool:
         """Whether it looks for the smallest perturbation."""
         return self.kind in (MINIMAL, DECISION) if self.seeks_distance is None else self.seeks_distance
-
-    @property
-    def needs_substitute(self) -> bool:
-        """Whether it is made on, or helped by, another net."""
-        return self.kind == TRANSFER or self.prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,10 @@ def _coordinates(config: Config) -> dict[str, Any]:
             "num_steps": max(1, config.num_queries // config.num_samples)}
 
 
+def _suite(config: Config) -> dict[str, Any]:
+    return {"num_steps": config.suite_steps, "num_queries": config.suite_queries}
+
+
 def _diverse(substitute: LogitsFn) -> LogitsFn:
     return diverse_inputs(jax.random.key(0), substitute)
 
@@ -143,6 +155,7 @@ ENTRIES = (
     Entry("mim", WHITE, TWO, _steps),
     Entry("pgd", WHITE, ALL, _steps),
     Entry("apgd", WHITE, ALL, _steps),
+    Entry("apgd", WHITE, ALL, _steps, label="apgd DLR", climbs=losses.dlr),
     Entry("apgd_targeted", WHITE, ALL, _quarter),
     Entry("deepfool", MINIMAL, TWO, _steps),
     Entry("ddn", MINIMAL, L2, _steps),
@@ -156,7 +169,7 @@ ENTRIES = (
     Entry("spsa", SCORE, TWO, _samples),
     Entry("nattack", SCORE, TWO, _samples),
     Entry("prgf", SCORE, TWO, _samples, label="rgf"),
-    Entry("prgf", SCORE, TWO, _guided, prior=True),
+    Entry("prgf", SCORE, TWO, _guided, num_substitutes=1, prior=True),
     Entry("genattack", SCORE, LINF, lambda c: {"num_steps": max(1, c.num_queries // 10)}),
     Entry("square", SCORE, ALL, lambda c: {"num_steps": c.num_queries}),
     Entry("zoo", SCORE, L2, _coordinates, seeks_distance=True),
@@ -164,12 +177,16 @@ ENTRIES = (
     Entry("evolutionary", DECISION, L2, _queries),
     Entry("hopskipjump", DECISION, TWO, _queries),
     Entry("opt", DECISION, L2, _queries),
-    Entry("fgsm", TRANSFER, TWO, label="fgsm transferred"),
-    Entry("bim", TRANSFER, TWO, _steps, label="bim transferred"),
-    Entry("mim", TRANSFER, TWO, _steps, label="mim transferred"),
-    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, diverse inputs", substitute=_diverse),
-    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, translation invariant", substitute=_invariant),
-    Entry("autoattack", SUITE, ALL, lambda c: {"num_steps": c.suite_steps, "num_queries": c.suite_queries}),
+    Entry("fgsm", TRANSFER, TWO, label="fgsm transferred", num_substitutes=1),
+    Entry("bim", TRANSFER, TWO, _steps, label="bim transferred", num_substitutes=1),
+    Entry("mim", TRANSFER, TWO, _steps, label="mim transferred", num_substitutes=1),
+    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, diverse inputs", substitute=_diverse,
+          num_substitutes=1),
+    Entry("mim", TRANSFER, LINF, _steps, label="mim transferred, translation invariant", substitute=_invariant,
+          num_substitutes=1),
+    Entry("mim", TRANSFER, TWO, _steps, label="mim transferred from two nets", substitute=_fused, num_substitutes=2),
+    Entry("autoattack", SUITE, ALL, _suite),
+    Entry("autoattack", SUITE, LINF, lambda c: {**_suite(c), "version": "plus"}, label="autoattack plus"),
 )
 
 
@@ -182,14 +199,14 @@ def cases(config: Config) -> Iterator[Case]:
 
 
 def bind(
-    entry: Entry, config: Config, substitute: LogitsFn | None = None, *, trace: bool = True
+    entry: Entry, config: Config, *substitutes: LogitsFn, trace: bool = True
 ) -> Callable[..., AttackResult]:
     """Binds an attack's settings.
 
     Args:
         entry: the attack.
         config: the preset.
-        substitute: the net that `entry.needs_substitute` asks for.
+        *substitutes: `entry.num_substitutes` other nets.
         trace: whether the result tells the course of the attack; never where another model is fooled on the way or
             several attacks take part, there only the end counts.
 
@@ -197,18 +214,18 @@ def bind(
         An attack for `evaluate.curves`.
 
     Raises:
-        ValueError: if there is no substitute where one is needed.
+        ValueError: if there are fewer substitutes than are needed, or more.
     """
     attack, options = getattr(attacks, entry.attack), dict(entry.options(config))
-    if entry.needs_substitute and substitute is None:
-        raise ValueError(f"{entry.name} needs a substitute: give one.")
-    if entry.prior and substitute is not None:
-        options["prior_fn"] = gradient_prior(substitute)
+    if len(substitutes) != entry.num_substitutes:
+        raise ValueError(f"{entry.name} needs {entry.num_substitutes} substitutes, not {len(substitutes)}.")
+    if entry.prior:
+        options["prior_fn"] = gradient_prior(*substitutes)
+    if entry.climbs is not None:
+        options["goal"] = goals.misclassify(entry.climbs)
     if "loop" in inspect.signature(attack).parameters and entry.kind not in (TRANSFER, SUITE):
         # Budgets are those of the paper: nobody begins a step beyond it.
         budget = config.num_queries if entry.kind in (SCORE, DECISION) else None
         options["loop"] = Loop(trace=trace, max_queries=budget)
     bound = functools.partial(attack, **options)
-    if entry.kind == TRANSFER and substitute is not None:
-        return transfer(bound, entry.substitute(substitute))
-    return bound
+    return transfer(bound, entry.substitute(*substitutes)) if entry.kind == TRANSFER else bound

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.gallery_attacks import Case, cases
 from experiments.gallery_presets import Config
 from rdx import metrics, plotting
-from rdx.evaluate import curves, report
+from rdx.evaluate import curves, records, report
 from rdx.evaluate.curves import Curve
 
 NETS = ("undefended", "robust")
@@ -46,7 +46,7 @@ def write(directory: Path, config: Config) -> Path:
     The table holds no times, so that an interrupted run ends with the same one; the records and the console do.
     """
     found = {net: list(_read(directory / "records", config, net)) for net in NETS}
-    sections = [_section(config, net, found[net]) for net in NETS if found[net]]
+    sections = [part for net in NETS for part in (*_section(config, net, found[net]), *_diagnosis(directory, net))]
     report.write_text(directory / "table.md", "\n\n".join([_heading(config, found), *sections, _notes(config)]))
     print((directory / "table.md").read_text())
     seconds = sum(row.record["seconds"] for rows in found.values() for row in rows)
@@ -63,12 +63,12 @@ def write(directory: Path, config: Config) -> Path:
     return directory
 
 
-def _read(records: Path, config: Config, net: str) -> Iterator[Found]:
+def _read(directory: Path, config: Config, net: str) -> Iterator[Found]:
     for case in cases(config):
-        read = curves.read(records, f"{net}-{case.name}-strength")
+        read = curves.read(directory, f"{net}-{case.name}-strength")
         if read is None:
             continue
-        searched = curves.read(records, f"{net}-{case.name}-eps")
+        searched = curves.read(directory, f"{net}-{case.name}-eps")
         if case.entry.is_minimal:
             yield Found(case, *read, curves.against_eps(read[1]))
         else:
@@ -85,7 +85,23 @@ def _heading(config: Config, found: Mapping[str, Sequence[Found]]) -> str:
     )
 
 
-def _section(config: Config, net: str, rows: Sequence[Found]) -> str:
+def diagnosis_name(net: str) -> str:
+    """Names the record of what was found out about a net."""
+    return f"{net}-diagnosis"
+
+
+def _diagnosis(directory: Path, net: str) -> Iterator[str]:
+    read = records.read_arrays(directory / "records", diagnosis_name(net))
+    if read is not None:
+        told, ball = read[0]["diagnosis"], f"{read[0]['norm']} {_radius(read[0]['eps'])}"
+        rows = [[one["name"], one["status"], one["evidence"]] for one in told["checks"]]
+        yield (
+            f"### Whether to believe it: {told['status']}\n\n`rdx.evaluate.diagnose` at {ball}, on the first "
+            f"{told['num_examples']} images.\n\n{report.markdown(['check', 'status', 'evidence'], rows)}"
+        )
+
+
+def _section(config: Config, net: str, rows: Sequence[Found]) -> Iterator[str]:
     quotes = config.dataset == "cifar10"
     header = [
         "attack", "kind", "norm", "eps", "clean", "robust accuracy", "median distance (search, grid)", "not monotone",
@@ -97,7 +113,8 @@ def _section(config: Config, net: str, rows: Sequence[Found]) -> str:
         lines += [_row(row, net, quotes=quotes) for row in chosen]
         if chosen:
             lines.append(_worst_row(norm, eps, chosen, quotes=quotes))
-    return f"## {_TITLES[net]}\n\n{report.markdown(header, lines)}"
+    if rows:
+        yield f"## {_TITLES[net]}\n\n{report.markdown(header, lines)}"
 
 
 def _row(row: Found, net: str, *, quotes: bool) -> list[str]:
@@ -154,8 +171,8 @@ def _notes(config: Config) -> str:
         "at eight radii up to twice `eps` (grid), and \"not monotone\" counts the images that fall at one of the eight "
         "and stand at the next. Queries: forward passes and gradients until an image falls, mean over those that do. "
         "Minimal-norm and decision-based attacks run without a radius, and what they find within `eps` counts. "
-        "Transfer attacks are made on a third net, trained as the robust one from another seed. Success is judged by a "
-        "fresh forward pass at full precision.\n\n"
+        "Transfer attacks are made on a third net, trained as the robust one from another seed, or on the mean logits "
+        "of it and a fourth. Success is judged by a fresh forward pass at full precision.\n\n"
         + ("The paper's column (Dong et al. 2020, Table 3) is of other weights: downloaded nets, 10,000 images."
            if config.dataset == "cifar10" else "The paper has no such data set: nothing here is a reproduction of it.")
     )

@@ -6,8 +6,8 @@
     python scripts/compare_autoattack.py table
 
 `train` and `ours` need RDX_DATA_DIR with the published files of MNIST and CIFAR-10, `theirs` only what `train` wrote.
-Both sides run the standard version: APGD-CE, APGD-T and FAB-T with 100 steps, nine targets, Square with 5,000 queries;
-each attack meets the images that still stand. With `--each` every one of `--attacks`, each with one restart, meets all
+Both sides run the standard version: APGD-CE, APGD-T and FAB-T with 100 steps, nine targets, Square with 5,000 queries
+(in l1 five restarts and five targets of APGD, from larger radii); each attack meets the images that still stand. With `--each` every one of `--attacks`, each with one restart, meets all
 images that are classified right. Every batch is kept in `--work` after each of its attacks, so a run that was
 interrupted goes on. `table` writes table.md and record.json to experiments/results/autoattack/.
 
@@ -59,9 +59,9 @@ def _layers(*channels):
 
 
 TASKS = {
-    "mnist": Task(_bench.Net("mnist", _layers(16, 32)), "mnist", 2500, 7, 0.2, {"linf": 0.25, "l2": 1.5}),
+    "mnist": Task(_bench.Net("mnist", _layers(16, 32)), "mnist", 2500, 7, 0.2, {"linf": 0.25, "l2": 1.5, "l1": 5.0}),
     "cifar": Task(
-        _bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 600, 3, 8 / 255, {"linf": 8 / 255, "l2": 0.5}
+        _bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 600, 3, 8 / 255, {"linf": 8 / 255, "l2": 0.5, "l1": 4.0},
     ),
 }
 
@@ -253,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["train", *SIDES, "table"])
     parser.add_argument("--nets", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--norms", nargs="+", choices=["linf", "l2"], default=["linf"])
+    parser.add_argument("--norms", nargs="+", choices=["linf", "l2", "l1"], default=["linf"])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(STANDARD))

@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # One worker makes the run that all these tests look at.
 pytestmark = pytest.mark.xdist_group("attack_gallery")
 # One of each way to be run: without a key, searched for, minimal-norm, with a budget, with a prior, on a substitute.
-CHOSEN = ("fgsm", "pgd", "fmn", "prgf", "square", "bim transferred")
+CHOSEN = ("fgsm", "pgd", "apgd DLR", "fmn", "prgf", "square", "bim transferred")
 
 
 def _settings(preset):
@@ -78,7 +78,7 @@ def test_names_are_unique_and_presets_have_all_norms():
 def test_the_table_has_every_attack_and_the_worst_case(finished):
     text = (finished / "table.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Undefended", "Adversarially trained"]
-    sections = text.split("## ")[1:]
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
     for section, net in zip(sections, gallery_report.NETS, strict=True):
         rows = re.findall(r"^\| (.+?) +\| .* \| linf \| 0\.1 .*\| ([0-9.*]+) \[", section, re.MULTILINE)
         assert [name for name, _ in rows] == [*CHOSEN, "**worst case**"]
@@ -86,6 +86,10 @@ def test_the_table_has_every_attack_and_the_worst_case(finished):
         assert robust[-1] <= min(robust[:-1])
         stands = np.all([np.isinf(_strength(finished, name)[1].threshold) for name in _names(net)], axis=0)
         assert robust[-1] == round(100 * stands.mean(), 1)
+        (status,) = re.findall(r"^### Whether to believe it: (\w+)$", section, re.MULTILINE)
+        checks = dict(re.findall(r"^\| (\w[\w ]*?) +\| (ok|warn|fail) +\| ", section, re.MULTILINE))
+        assert {"gradients", "effort", "knowledge"} <= set(checks)
+        assert status in checks.values()
     assert "nan" not in text
     assert "minutes" not in text
 
@@ -114,7 +118,7 @@ def test_records_agree_with_each_other(finished):
 
 def test_only_fixed_radii_are_searched_for(finished):
     found = {path.stem for path in (finished / "records").glob("*-eps.json")}
-    assert found == {f"{net}-linf-{name}-eps" for net in gallery_report.NETS for name in ("fgsm", "pgd")}
+    assert found == {f"{net}-linf-{name}-eps" for net in gallery_report.NETS for name in ("fgsm", "pgd", "apgd-DLR")}
     _, minimal = _strength(finished, "undefended-linf-fmn")
     beyond = np.isinf(minimal.threshold) & np.isfinite(minimal.details["distance"])
     assert (minimal.details["distance"][beyond] > 0.1).all()
@@ -216,10 +220,10 @@ def _affine(weights, x):
 
 def test_substitutes_are_asked_for():
     for entry in ENTRIES:
-        if entry.needs_substitute:
-            with pytest.raises(ValueError, match="needs a substitute"):
+        if entry.num_substitutes:
+            with pytest.raises(ValueError, match=f"needs {entry.num_substitutes} substitutes, not 0"):
                 gallery_attacks.bind(entry, gallery_presets.config("smoke"))
-    assert {entry.kind for entry in ENTRIES if entry.needs_substitute} == {TRANSFER, "score"}
+    assert {entry.kind for entry in ENTRIES if entry.num_substitutes} == {TRANSFER, "score"}
     assert {entry.kind for entry in ENTRIES} >= {WHITE, "minimal norm", "score", "suite"}
 
 
