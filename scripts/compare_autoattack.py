@@ -7,9 +7,10 @@
 
 `train` and `ours` need RDX_DATA_DIR with the published files of MNIST and CIFAR-10, `theirs` only what `train` wrote.
 Both sides run the standard version: APGD-CE, APGD-T and FAB-T with 100 steps, nine targets, Square with 5,000 queries
-(in l1 five restarts and five targets of APGD, from larger radii); each attack meets the images that still stand. With `--each` every one of `--attacks`, each with one restart, meets all
-images that are classified right. Every batch is kept in `--work` after each of its attacks, so a run that was
-interrupted goes on. `table` writes table.md and record.json to experiments/results/autoattack/.
+(in l1 five restarts and five targets of APGD, from larger radii); each attack meets the images that still stand. With
+`--each` every one of `--attacks`, each with one restart, meets all images that are classified right. Every batch is
+kept in `--work` after each of its attacks, so a run that was interrupted goes on. `table` writes table.md and
+record.json to experiments/results/autoattack/.
 
 Our squares reach the last row and column, as in the paper, the original's code never does: `--spare-last` runs ours so.
 
@@ -61,7 +62,8 @@ def _layers(*channels):
 TASKS = {
     "mnist": Task(_bench.Net("mnist", _layers(16, 32)), "mnist", 2500, 7, 0.2, {"linf": 0.25, "l2": 1.5, "l1": 5.0}),
     "cifar": Task(
-        _bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 600, 3, 8 / 255, {"linf": 8 / 255, "l2": 0.5, "l1": 4.0},
+        _bench.Net("cifar", _layers(32, 32), (32, 32, 3)), "cifar10", 600, 3, 8 / 255,
+        {"linf": 8 / 255, "l2": 0.5, "l1": 4.0},
     ),
 }
 
