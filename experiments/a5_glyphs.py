@@ -14,8 +14,9 @@ loss fusion (Xu et al. 2020, arXiv:2002.12920), where the paper has a backward r
 Everything goes to `runs/a5_glyphs/<preset>/`: one JSON and NPZ per row, `table.md` and pictures. A run that is
 interrupted continues with the same command and ends with the same table.
 
-Obtained (experiments/results/a5_glyphs), `cpu`, certified error of 992 pictures: vanilla 100 %, certified 9.27, A5/P
-5.44, control 4.33, A5/PC 0.81, A5/PRC 0.10; 27 minutes on two cores. The paper, with its own font, size and network:
+Obtained (experiments/results/a5_glyphs), `cpu`, certified error of 992 pictures: vanilla 100 %, certified 10.08,
+A5/P 5.65, control 4.33, A5/PC 1.01, A5/PRC 0.30; 76 minutes beside a training that went first, a pause of 17 among
+them (27 minutes alone, when the attacks were PGD and APGD). The paper, with its own font, size and network:
 vanilla 100, CROWN-IBP 13.85, A5/P 11.84, A5/PC 4.20. The `paper` preset has not been run yet.
 
 Attacked errors are those of AutoAttack (the paper prints none). Certified errors are those of CROWN-IBP intersected
