@@ -39,7 +39,7 @@ from experiments import a5_glyphs_report, a5_training, autoattack, command_line,
 from experiments.a5_glyphs_presets import Config, config
 from experiments.a5_presets import Schedule
 from experiments.batches import certified_by_intervals, in_batches
-from rdx import attacks, data, models
+from rdx import attacks, compilation, data, models
 from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.bounds import Threat
@@ -117,6 +117,7 @@ def _prepare(arguments: Arguments) -> Run:
 
 def _fill(run: Run, recipe: str) -> None:
     """Trains what the row needs, takes the pictures, evaluates them and writes the record."""
+    compilation.spare_maps()
     print(recipe, flush=True)
     settings, params = run.config, _TRAINED[recipe](run)
     start = time.monotonic()

@@ -54,7 +54,7 @@ from experiments import a5_questions_report, a5_training, autoattack, command_li
 from experiments.a5_questions_lab import Lab, Row
 from experiments.a5_questions_presets import config
 from experiments.a5_questions_rows import QUESTIONS
-from rdx import attacks
+from rdx import attacks, compilation
 from rdx.attacks import resumption
 from rdx.evaluate import evaluate, records, report
 
@@ -100,6 +100,7 @@ def main(arguments: Arguments) -> Path:
 
 def _fill(lab: Lab, row: Row) -> None:
     """Trains what the cell needs, evaluates the defended images and writes the record."""
+    compilation.spare_maps()
     start = time.monotonic()
     logits_fn, x_defended = row.make()
     seconds_training = time.monotonic() - start

@@ -48,7 +48,7 @@ import numpy as np
 from experiments import a5_certificates, a5_report, a5_training, autoattack, batches, command_line
 from experiments.a5_presets import config
 from experiments.a5_training import Run
-from rdx import analyse, attacks, data, metrics
+from rdx import analyse, attacks, compilation, data, metrics
 from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.evaluate import Evaluation, evaluate, records
@@ -113,6 +113,7 @@ def _prepare(arguments: Arguments) -> Run:
 
 def _fill(run: Run, cell: a5_report.Cell) -> None:
     """Trains what the cell needs, defends the test set, evaluates it and writes the record."""
+    compilation.spare_maps()
     print(f"{cell.name}", flush=True)
     start = time.monotonic()
     logits_fn, x_defended = a5_training.defended(run, cell)

@@ -35,7 +35,7 @@ import optax
 from experiments import command_line, gallery_report, runs
 from experiments.gallery_attacks import Case, bind, cases
 from experiments.gallery_presets import Config, config
-from rdx import attacks, data, models
+from rdx import attacks, compilation, data, models
 from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.evaluate import curves, diagnose, records, shared
@@ -123,6 +123,7 @@ def _search(run: Run, net: str, case: Case, **common: Any) -> curves.Curve:
 
 
 def _write(run: Run, net: str, case: Case, what: str, measure: Any) -> None:
+    compilation.spare_maps()
     x, start = data.to_float(run.test.images), time.monotonic()
     _net(run, net)
     seconds_training = time.monotonic() - start

@@ -43,7 +43,7 @@ from experiments import augmentation, autoattack, command_line, runs, tramer_run
 from experiments import certified_training_methods as methods
 from experiments import certified_training_report as table
 from experiments.certified_training_presets import Config, Method, config
-from rdx import attacks, bounds, data
+from rdx import attacks, bounds, compilation, data
 from rdx.attacks import resumption
 from rdx.balls import Ball
 from rdx.evaluate import diagnose, evaluate, records, shared
@@ -112,6 +112,7 @@ def _fill(run: Run, method: Method, weight: float | None, name: str, *, is_tunin
     """Trains by a method, evaluates on test or held-out images and writes the record, unless it is there."""
     if records.read(run.directory / "records", name) is not None:
         return
+    compilation.spare_maps()
     begun = time.monotonic()
     logits_fn, history = train(run, method, weight, name)
     seconds_training = time.monotonic() - begun

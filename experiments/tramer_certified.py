@@ -35,7 +35,7 @@ import numpy as np
 from experiments import certified_report, command_line, runs, tramer_runs
 from experiments.certified_presets import Config, config
 from experiments.certified_report import Cell
-from rdx import attacks, data, losses, metrics, models
+from rdx import attacks, compilation, data, losses, metrics, models
 from rdx.attacks import base
 from rdx.balls import Ball
 from rdx.detect import abstain, goals, reductions, searches, selective, thresholds
@@ -110,6 +110,7 @@ def _fill(run: Run, cell: Cell) -> None:
 
 def _classifier(run: Run, cell: Cell) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Trains and certifies a classifier at its radius, and attacks Theorem 5's detector at twice that."""
+    compilation.spare_maps()
     settings = run.config
     forward = models.forward(settings.net)
     loss = certified.phases(forward, Ball("linf", 0.0), eps=_ramp(run, cell.eps))

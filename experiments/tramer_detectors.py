@@ -35,7 +35,7 @@ from jax.tree_util import Partial
 from experiments import command_line, detectors_report, runs, tramer_runs
 from experiments.detectors_presets import config
 from experiments.detectors_zoo import Calibrated, Zoo
-from rdx import attacks, data, losses, metrics
+from rdx import attacks, compilation, data, losses, metrics
 from rdx.attacks import base
 from rdx.balls import Ball
 from rdx.detect import claims, goals, reductions, risks, suite, thresholds
@@ -103,6 +103,7 @@ def file_name(name: str) -> str:
 
 
 def _write(zoo: Zoo, name: str, stage: Any) -> None:
+    compilation.spare_maps()
     start = time.monotonic()
     record, arrays = stage()
     records.write_arrays(zoo.directory / "records", file_name(name), {

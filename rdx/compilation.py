@@ -2,8 +2,10 @@
 
 import ctypes
 import functools
+import gc
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -82,3 +84,25 @@ def keep_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(parameter, value) for parameter, value in _KEEPING.items())
+
+
+# Linux allows a process 65,530.
+_MOST_MAPS = 40_000
+
+
+def spare_maps() -> bool:
+    """Forgets what was compiled before a process on Linux has too many memory maps, at which XLA ends it.
+
+    Every compiled program takes some, so that hundreds of evaluations in one process reach the limit ("Unable to
+    allocate section memory", with memory to spare). Programs that work on many models one after the other call it
+    between two of them; what is needed again is compiled again, or read from the persistent cache.
+
+    Returns:
+        Whether everything was forgotten.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") <= _MOST_MAPS:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True

@@ -1,6 +1,5 @@
 """Strict settings for every test: 8 virtual devices, no silent broadcasting or promotion, a persistent cache."""
 
-import gc
 import hashlib
 import os
 import time
@@ -9,6 +8,8 @@ from pathlib import Path
 import jax
 import jax.monitoring
 import pytest
+
+from rdx import compilation
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,17 +63,10 @@ def _is_slow(item):
     return "slow" in item.keywords
 
 
-# Linux allows a process 65,530 memory maps, every compiled program takes some, and beyond XLA crashes.
-_MOST_MAPS = 40_000
-
-
 def pytest_runtest_teardown(item):
     """Forgets compiled programs before there are too many of them for one process."""
     del item
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    compilation.spare_maps()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the compiler makes of functions with `rdx.compilation`."""
 
+import pathlib
 import platform
 import subprocess
 import sys
@@ -57,3 +58,22 @@ for _ in range(2):
     first, second = (float(line) for line in done.stdout.split())  # 8 each, if every array took new pages
     assert first < 2.0
     assert second < 1.0
+
+
+def test_programs_are_forgotten_before_there_are_too_many(monkeypatch):
+    calls = []
+
+    @jax.jit
+    def counted(x):
+        calls.append(1)
+        return x + 1.0
+
+    counted(jnp.ones(3))
+    assert not compilation.spare_maps()
+    counted(jnp.ones(3))
+    assert len(calls) == 1
+    monkeypatch.setattr(compilation, "_MOST_MAPS", 1)
+    forgets = compilation.spare_maps()
+    counted(jnp.ones(3))
+    assert forgets == pathlib.Path("/proc/self/maps").exists()
+    assert len(calls) == 1 + forgets
