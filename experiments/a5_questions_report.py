@@ -44,14 +44,16 @@ def _table(question: Question, done: Mapping[Row, Mapping[str, Any]]) -> tuple[l
 
 
 def _pairs(question: Question, certified: Mapping[Row, np.ndarray]) -> Iterator[str]:
-    """Compares rows, image by image, with those that they name, where both are done."""
+    """Compares rows, image by image, with those that they name, where both are done and either certifies anything."""
     places = {(row.labels, row.column): row for row in certified}
-    header, rows = [*question.labels, "", "compared with", *report.PAIRED], []
+    column = ["case"] if any(row.column for row in certified) else []
+    header, rows = [*question.labels, *column, "compared with", *report.PAIRED], []
     for row, here in certified.items():
-        if row.against in places:
+        if row.against in places and (here.any() or certified[places[row.against]].any()):
             there = places[row.against]
             name = ", ".join(word for word in (*there.labels, there.column) if word not in {"", "-"})
-            rows.append([*row.labels, row.column, name, *report.paired(here, certified[there])])
+            case = [row.column] if column else []
+            rows.append([*row.labels, *case, name, *report.paired(here, certified[there])])
     if rows:
         yield f"### The same images, certified in one case and another\n\n{report.markdown(header, rows)}"
 
