@@ -15,11 +15,12 @@ Everything goes to `runs/certified_training/<dataset>-<preset>/`: one JSON and N
 is interrupted continues with the same command and ends with the same table. `--tune 1` trains every candidate of the
 methods' own hyper-parameters on a part of the training images and shows the sum of natural and certified accuracy on
 held-out ones, in `<dataset>-<preset>-tune/`. For CNN7 of the `paper` presets `bounds.plan` counts 5 (MNIST) and 6
-(CIFAR-10) GFLOP for CROWN-IBP of an image, and up to 1.6 and 2.1 TFLOP for CROWN. The test set is never chosen by. The presets' radii and weights are those
-of the authors' commands for MNIST, where TAPS, STAPS and the expressive losses train at twice the radius 0.1. Exp-IBP
-has none there: after training on 10,000 MNIST images at twice the radius, natural and certified accuracy of 1,000
-held-out ones are 98.3 and 93.0 at weight 0.05, 98.5 and 94.2 at 0.1, which is chosen, and 97.4 and 93.7 at 0.2
-(committed).
+(CIFAR-10) GFLOP for CROWN-IBP of an image, and up to 1.6 and 2.1 TFLOP for CROWN. The test set is never chosen by.
+
+The presets' radii and weights are those of the authors' commands for MNIST, where TAPS, STAPS and the expressive losses
+train at twice the radius 0.1. Exp-IBP has none there: after training on 10,000 MNIST images at twice the radius,
+natural and certified accuracy of 1,000 held-out ones are 98.3 and 93.0 at weight 0.05, 98.5 and 94.2 at 0.1, which is
+chosen, and 97.4 and 93.7 at 0.2 (committed).
 
 The committed table of MNIST at radius 0.1 (`cpu`, one seed) is older than these recipes: all methods trained at the
 radius itself, SABR's small boxes were cut by the image's range, and nothing had penalties but Fast-IBP. Natural and
