@@ -148,14 +148,15 @@ def _diagnose(run: Run, net: str, name: str) -> None:
     directory, (norm, eps) = run.directory / "records", run.config.radii[0]
     if records.read_arrays(directory, name) is not None:
         return
+    logits_fn, (substitute,) = _net(run, net), _substitutes(run, 1)
     start = time.monotonic()
     told = diagnose(
-        _key(run, name), _net(run, net), data.to_float(run.test.images), run.test.labels, ball=Ball(norm, eps),
-        is_thorough=True, substitute=_substitutes(run, 1)[0],
+        _key(run, name), logits_fn, data.to_float(run.test.images), run.test.labels, ball=Ball(norm, eps),
+        is_thorough=True, substitute=substitute,
     )
     records.write_arrays(directory, name, {
         "experiment": "attack_gallery", "net": net, "norm": norm, "eps": eps, "diagnosis": told.summary(),
-        "config": run.config, "seconds": time.monotonic() - start,
+        "config": run.config, "weights": resumption.digest(logits_fn), "seconds": time.monotonic() - start,
     }, {"index": run.test.index[: told.num_examples]})
     print(f"  {name}: {told.status}", flush=True)
 

@@ -25,7 +25,8 @@ Part fab, 200 problems of 6 elements in the box [0, 1], some of which the box ca
     points [200, 6]  w [200, 6]  b [200]       <norm> [200, 6]: the step onto the hyperplane
 
 Part fab_steps, on the nets and inputs of the parts apgd_*, 20 steps from the clean input towards the boundary of the
-second likeliest class (targeted) or of the nearest (all; inputs in the middle, where the box decides nothing):
+second likeliest class (targeted) or, in linf and l2, of the nearest (all; inputs in the middle, where the box decides
+nothing; in l1 a step moves one element far, and the box, which the code ignores, has a say in which one is nearest):
 
     <net>.<norm>.<targeted|all>.points [20, 4, ...]     where each step begins
 
@@ -222,7 +223,8 @@ def record_fab_steps():
     from autoattack.fab_pt import FABAttack_PT
 
     stored = {}
-    for name, norm, is_targeted in itertools.product(NETS, EPS, (True, False)):
+    kinds = [*((norm, True) for norm in EPS), ("linf", False), ("l2", False)]
+    for name, (norm, is_targeted) in itertools.product(NETS, kinds):
         arrays = draw_arrays(name)
         net, x = build(name, arrays), torch.tensor(arrays["x.box" if is_targeted else "x.middle"], dtype=torch.float64)
         attack = FABAttack_PT(net, norm=norm.capitalize(), n_iter=20, eps=EPS[norm], device="cpu")
@@ -244,7 +246,6 @@ def record_square_steps(num_queries=60):
     """Notes what Square draws in every query, and what becomes of it."""
     import torch
     from autoattack.square import SquareAttack
-    from torch.nn import functional
 
     rng, shape = np.random.default_rng(3), (NUM_INPUTS, 2, 10, 10)
     stored = {
@@ -252,14 +253,10 @@ def record_square_steps(num_queries=60):
         "dense2.weight": rng.normal(size=(5, 16)) * 0.5, "dense2.bias": rng.normal(size=5) * 0.1,
         "x": np.clip(1.6 * rng.uniform(size=shape) - 0.3, 0.0, 1.0),
     }
-    w = {key: torch.tensor(value) for key, value in stored.items()}
-
-    def net(x):
-        hidden = functional.linear(x.flatten(1), w["dense1.weight"], w["dense1.bias"]).relu()
-        return functional.linear(hidden, w["dense2.weight"], w["dense2.bias"])
-
+    x, mlp = torch.tensor(stored["x"]), build("mlp", stored)
+    net = lambda x: mlp(x.flatten(1))
     torch.manual_seed(0)
-    labels, rand = net(w["x"]).argmax(dim=1), torch.rand
+    labels, rand = net(x).argmax(dim=1), torch.rand
     stored["labels"] = labels.numpy()
     for norm, eps in {"linf": 0.01, "l2": 0.1, "l1": 0.5}.items():
         draws = {"windows": [], "signs": [], "turned": [], "loss": []}
@@ -277,8 +274,9 @@ def record_square_steps(num_queries=60):
 
         def margin_and_loss(x, y, judge=attack.margin_and_loss, norm=norm, draws=draws):
             stored.setdefault(f"{norm}.start", x.numpy().copy())
-            draws["loss"].append(judge(x, y)[1].numpy())
-            return judge(x, y)
+            margin, loss = judge(x, y)
+            draws["loss"].append(loss.numpy().copy())
+            return margin, loss
 
         def turn(sizes, draws=draws):
             draws["turned"].append(rand(sizes))
@@ -287,8 +285,8 @@ def record_square_steps(num_queries=60):
         attack.random_int, attack.random_choice, attack.margin_and_loss, torch.rand = (
             integer, signs, margin_and_loss, turn
         )
-        attack.init_hyperparam(w["x"])
-        attack.attack_single_run(w["x"].clone(), labels)
+        attack.init_hyperparam(x)
+        attack.attack_single_run(x, labels)
         torch.rand, stored[f"eps.{norm}"] = rand, np.float64(eps)
         # What came before the first query made the starting point.
         stored[f"{norm}.windows"] = np.array(draws["windows"]).reshape(num_queries, -1, 2)

@@ -22,13 +22,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bounds"))
 
-import jax  # noqa: E402
 import random_functions as rf  # noqa: E402
 
+from rdx import compilation  # noqa: E402
 from rdx.bounds import UnsupportedPrimitiveError  # noqa: E402
 from rdx.evaluate import records  # noqa: E402
-
-FUNCTIONS_PER_CACHE = 60
 
 
 def main():
@@ -37,11 +35,10 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     done = {entry["seed"] for entry in read(path)}
     seeds = range(options.first_seed, options.first_seed + options.functions)
-    for i, seed in enumerate(seed for seed in seeds if seed not in done):
+    for seed in (seed for seed in seeds if seed not in done):
         if options.seconds is not None and time.monotonic() - start > options.seconds:
             break
-        if i % FUNCTIONS_PER_CACHE == FUNCTIONS_PER_CACHE - 1:
-            jax.clear_caches()
+        compilation.spare_maps()
         entry = study(seed, options.points)
         append(path, entry)
         print(seed, entry["function"], f"{entry['seconds']:.1f} s", *violations(entry), flush=True)

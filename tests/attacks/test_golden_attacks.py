@@ -124,7 +124,7 @@ def test_fab_projects_onto_the_same_point(norm):
     np.testing.assert_allclose(found, golden[norm], rtol=RTOL, atol=RTOL)
 
 
-# In l1 a step moves one element far, so that the box has a say in which boundary is nearest; the code leaves it out.
+# In l1 the box has a say in which boundary is nearest, which the code ignores.
 @pytest.mark.parametrize(("norm", "kind"), [
     *((norm, "targeted") for norm in ("linf", "l2", "l1")), ("linf", "all"), ("l2", "all"),
 ])
