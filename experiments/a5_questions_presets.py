@@ -150,6 +150,6 @@ def _mnist(base: a5_presets.Config) -> Config:
             base, eps_attack=(0.1,), eps_classifier=(0.1,), eps_defense=(0.1,), cross_check=10, attack_steps=50,
             attack_queries=1000, num_train=20_000, num_test=500, num_offline=None,
         ),
-        other=models.ConvNet((models.Conv(16, 8, 4),), (100, 64)), num_transferred=50,
+        other=models.ConvNet((models.Conv(16, 8, 4),), (100, 64)), num_transferred=200,
         norms=norms, why_radii=why_radii, sweep=sweep, distance_train=20_000,
     )
