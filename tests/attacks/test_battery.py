@@ -16,21 +16,25 @@ from rdx.balls import Ball
 
 EPS = {"linf": 0.06, "l2": 0.25, "l1": 0.6}
 GOAL = goals.misclassify(losses.margin)
-# Others are like them, or run several of them.
-LONG = {"autoattack", "autoattack_plus", "prgf_guided"}
-EACH = [
-    pytest.param(name, norm, marks=pytest.mark.slow if name in LONG else ())
-    for name, case in CASES.items() for norm in case.norms
-]
-# What every kind of attack has in common with others is asked of these at all times, of the others with the slow tests.
-CORE = {"fgsm", "pgd", "apgd", "deepfool", "fab_targeted", "cw", "square", "nes", "hopskipjump"}
+# What every kind of attack has in common with others is asked of these at all times, of the others with the slow tests:
+# each kind of search once, in the first of its norms.
+CORE = {"fgsm", "pgd", "apgd", "fab_targeted", "cw", "square", "nes", "hopskipjump"}
+# In every norm, as all steps and projections are.
+EVERY_NORM = {"fgsm", "pgd", "apgd"}
+
+
+def _marks(name, place=0):
+    return () if name in (EVERY_NORM if place else CORE) else pytest.mark.slow
 
 
 def _first(*more):
-    marks = {name: () if name in CORE else pytest.mark.slow for name in CASES}
-    return [pytest.param(name, case.norms[0], *more, marks=marks[name]) for name, case in CASES.items()]
+    return [pytest.param(name, case.norms[0], *more, marks=_marks(name)) for name, case in CASES.items()]
 
 
+EACH = [
+    pytest.param(name, norm, marks=_marks(name, place))
+    for name, case in CASES.items() for place, norm in enumerate(case.norms)
+]
 each_attack_and_norm = pytest.mark.parametrize(("name", "norm"), EACH)
 each_attack = pytest.mark.parametrize(("name", "norm"), _first())
 

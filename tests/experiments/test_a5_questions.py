@@ -12,10 +12,9 @@ from experiments.a5_questions_rows import QUESTIONS
 from rdx import data, norms
 from rdx.evaluate import records
 
-# One worker makes the run that all these tests look at.
-pytestmark = pytest.mark.xdist_group("a5_questions")
-# What the default tests ask, of all questions the quickest to compile; slow ones ask two more, and everything.
-ASKED, MORE = ("initial_classifier",), ("looseness", "first_mover")
+# One worker makes the run that all these tests look at; that alone takes minutes to compile.
+pytestmark = [pytest.mark.xdist_group("a5_questions"), pytest.mark.slow]
+ASKED = ("initial_classifier", "looseness", "first_mover")
 
 
 def _ask(directory, **changes):
@@ -28,14 +27,6 @@ def finished(tmp_path_factory):
     for question in ASKED:
         _ask(directory, question=question)
     return directory
-
-
-@pytest.fixture(scope="module")
-def more(finished):
-    """More runs in the same directory: what is trained is trained once."""
-    for question in MORE:
-        _ask(finished, question=question)
-    return finished
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +86,6 @@ def test_what_was_asked_has_a_table_and_records_in_order(finished, lab):
     _check_order(finished, lab, ASKED)
 
 
-@pytest.mark.slow
-def test_two_more_questions(more, lab):
-    _check_table(more, lab, (*ASKED, *MORE))
-    _check_order(more, lab, (*ASKED, *MORE))
-
-
-@pytest.mark.slow
 def test_all_questions(finished, lab):
     _ask(finished)
     _check_table(finished, lab, tuple(QUESTIONS))
@@ -119,9 +103,8 @@ def test_pairs_count_images_that_one_case_certifies_and_the_other_does_not(finis
     assert counts[0] > 0
 
 
-@pytest.mark.slow
-def test_complete_verification_narrows_the_true_error(more, lab):
-    for row, record, arrays in _records(more, lab, ("looseness",)):
+def test_complete_verification_narrows_the_true_error(finished, lab):
+    for row, record, arrays in _records(finished, lab, ("looseness",)):
         least, most = record["at_least"]["count"], record["at_most"]["count"]
         loosest = min(rate["count"] for rate in record["compared"].values())
         assert record["summary"]["attacked"]["count"] <= least <= most <= loosest, row.name
