@@ -58,24 +58,27 @@ def two_sided(
     references = linear.reference_points(graph, sets, centers)
     reference, axes = references[node].reshape(-1), patches.image_axes(graph, node)
     begin = _beginning(graph, node, axes, references)
-    # Rows that depend on nothing but shared values are not batched, and must not wait for it either.
-    has_shared = any(isinstance(over, Region) and over.is_shared for over in sets.values())
+    # Rows that depend on nothing but shared values are not batched, and must not wait for it either; nor must those
+    # whose slopes are optimised, inside of what a `vmap` will batch.
+    folds = optimise is None and not any(isinstance(over, Region) and over.is_shared for over in sets.values())
+    # Both sides have the same coefficients then.
+    is_paired = optimise is None and all(each.are_parallel for each in lines.values())
 
-    def substitute(signed: Mapping[Node, Rows], choose: SlopeChoice, **options: Any) -> tuple[dict, Array | float]:
-        return linear.substitute(graph, signed, lines, sets, references, choose=choose, **options)
+    def substitute(objective: Mapping[Node, Rows], choose: SlopeChoice, **options: Any) -> tuple[dict, Any]:
+        return linear.substitute(graph, objective, lines, sets, references, choose=choose, **options)
 
     def bound(indices: Array, *, group: int, are_own: bool = False) -> Interval:
         objective, middle = begin(indices, group), reference[indices]
+        if is_paired:
+            rows, gaps = substitute(objective, linear.as_given, are_own=are_own, folds=folds, is_paired=True)
+            gap, opposite = jnp.broadcast_to(gaps, (2, *middle.shape))
+            upper = -linear.minimum(_times(-1.0, rows), sets, opposite - middle)
+            return Interval(linear.minimum(rows, sets, middle + gap), upper)
 
         def total(sign: float | Array) -> Array:
-            signed = {end: dataclasses.replace(rows, values=sign * rows.values) for end, rows in objective.items()}
-
             def value(choose: SlopeChoice) -> Array:
-                # Slopes are optimised inside of what a `vmap` will batch, where rows must not wait for it.
-                folds = optimise is None and not has_shared
-                coefficients, gap = substitute(signed, choose, are_own=are_own, folds=folds)
-                bound = sign * middle + gap
-                return sum((linear.deviation(found, sets[end]) for end, found in coefficients.items()), bound)
+                coefficients, gap = substitute(_times(sign, objective), choose, are_own=are_own, folds=folds)
+                return linear.minimum(coefficients, sets, sign * middle + gap)
 
             return optimise(value) if optimise else value(linear.as_given)
 
@@ -97,6 +100,10 @@ def two_sided(
 
     found = _by_chunks(bound, patches.by_place(node, axes), num_bytes, chunks)
     return Interval(*(end.reshape(node.shape) for end in found))
+
+
+def _times(sign: float | Array, rows: Mapping[Node, Rows]) -> dict[Node, Rows]:
+    return {node: dataclasses.replace(found, values=sign * found.values) for node, found in rows.items()}
 
 
 def _beginning(

@@ -52,13 +52,13 @@ def lower_bound(
     given = {node: Rows(rows) for node, rows in objective.items()}
     start = functools.reduce(jnp.add, [_sum(rows * references[node][None]) for node, rows in objective.items()])
     coefficients, gap = substitute(graph, given, lines, sets, references)
-    return sum((deviation(rows, sets[node]) for node, rows in coefficients.items()), start + gap)
+    return minimum(coefficients, sets, start + gap)
 
 
 def substitute(
     graph: Graph, objective: Mapping[Node, Rows], lines: Mapping[Op, Lines], ends: Container[Node],
     references: Mapping[Node, Array], *, choose: SlopeChoice = as_given, are_own: bool = False, folds: bool = True,
-    observe: Callable[[int], object] = id,
+    is_paired: bool = False, observe: Callable[[int], object] = id,
 ) -> tuple[dict[Node, Rows], Array | float]:
     """Bounds a linear function of nodes from below by a linear function of other nodes.
 
@@ -75,10 +75,12 @@ def substitute(
             None for the slope that its lines have.
         are_own: whether the rows to begin with differ from example to example.
         folds: whether rows that do are folded into one axis under `vmap`; see `transposition.transpose`.
+        is_paired: whether the gaps of the negative rows are asked for as well. All lines have to be parallel, as the
+            coefficients of negative rows are the negative ones then.
         observe: is told how many numbers all coefficients together hold, after each operation.
 
     Returns:
-        Coefficients on the ends, and the sum of gaps at the reference values, shape `[S]`.
+        Coefficients on the ends, and the sum of gaps at the reference values, shape `[S]`; `[2, S]` if paired.
     """
     pending = dict(objective)
     own: set[Node] = set(objective) if are_own else set()  # whose coefficients depend on the example
@@ -97,7 +99,7 @@ def substitute(
             values = [references[node] for node in (*op.nodes, op.outputs[0])]
             free = choose(op, upstream[0])
             if free is None:
-                coefficients, gap = _through_lines(lines[op], upstream[0], values)
+                coefficients, gap = _through_lines(lines[op], upstream[0], values, is_paired=is_paired)
             else:
                 coefficients, gap = _through_free_line(op, lines[op], upstream[0], free, values)
             bound = bound + gap
@@ -136,6 +138,11 @@ def reference_points(
         elif op.outputs[0] in centers:
             references.update({node: centers[node] for node in op.outputs})
     return references
+
+
+def minimum(coefficients: Mapping[Node, Rows], sets: Mapping[Node, Region | Interval], start: Array) -> Array:
+    """Computes the least value of linear functions over the sets of their nodes, given those at the reference point."""
+    return sum((deviation(rows, sets[node]) for node, rows in coefficients.items()), start)
 
 
 def deviation(rows: Rows, over: Region | Interval) -> Array:
@@ -211,16 +218,23 @@ def _through_affine(op: Op, upstream: list[Rows | None], *, are_own: bool) -> Se
     return [Rows(values) for values in jax.vmap(jax.vjp(op.apply, *zeros)[1])(rows)]
 
 
-def _through_lines(lines: Lines, rows: Rows, values: Sequence[Array]) -> tuple[list[Rows], Array]:
+def _through_lines(
+    lines: Lines, rows: Rows, values: Sequence[Array], *, is_paired: bool = False
+) -> tuple[list[Rows], Array]:
     """Replaces an operation by its lines; `values` are those at the reference point, of the inputs and the output."""
     is_positive = rows.values > 0
 
     def picked(lower: Array, upper: Array) -> Array:
+        if lower is upper:
+            return rows.beside(lower)
         return jnp.where(is_positive, rows.beside(lower), rows.beside(upper))
 
     slopes = [picked(*pair) for pair in zip(lines.lower_slopes, lines.upper_slopes, strict=True)]
     gaps = (_gap(lines.lower_slopes, lines.lower_bias, values), _gap(lines.upper_slopes, lines.upper_bias, values))
-    return [rows.scaled(slope) for slope in slopes], _sum(rows.values * picked(*gaps))
+    gap = _sum(rows.values * picked(*gaps))
+    if is_paired:
+        gap = jnp.stack([gap, -_sum(rows.values * picked(*reversed(gaps)))])
+    return [rows.scaled(slope) for slope in slopes], gap
 
 
 def _through_free_line(

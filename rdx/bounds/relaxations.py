@@ -39,6 +39,11 @@ class Lines(NamedTuple):
     upper_slopes: tuple[Array, ...]
     upper_bias: Array
 
+    @property
+    def are_parallel(self) -> bool:
+        """Whether both planes have the same slopes by construction, such as those of `same_slope`."""
+        return all(lower is upper for lower, upper in zip(self.lower_slopes, self.upper_slopes, strict=True))
+
 
 # (lower, upper) of an unstable neuron -> slope in [0, 1] of the lower line of relu.
 SlopeFn: TypeAlias = Callable[[Array, Array], Array]
@@ -124,6 +129,8 @@ def _piecewise_linear(op: graph.Op, bounds: Interval, relu_lower: SlopeFn) -> Li
     bends = is_unstable(bounds)
     chord = jnp.where(bends, (above * upper - below * lower) / width, free)
     chord_bias = jnp.where(bends, (below - above) * lower * upper / width, 0.0)
+    if relu_lower is same_slope:
+        free = chord  # equal up to rounding, and known to be
     free_line, chord_line = (free, jnp.zeros_like(lower)), (chord, chord_bias)
     # Convex: any line through the kink is below, the chord above. Concave: the other way round.
     lower_line, upper_line = (free_line, chord_line) if above >= below else (chord_line, free_line)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bounds_helpers import EPS, METHODS, exact_minimum, inputs, logits_fn, weights
+from bounds_helpers import EPS, METHODS, exact_minimum, inputs, logits_fn, mlp, mlp_params, weights
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from rdx import margins
+from rdx import bounds, margins
 from rdx.balls import Ball
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -221,6 +221,36 @@ def test_gradients_through_constants_of_each_example(method, name):
     alone = [gradient(params, x[i : i + 1], c[i : i + 1]) for i in range(len(x))]
     close(gradient(params, x, c), [sum(leaves) for leaves in zip(*alone, strict=True)], 1e-5)
     assert all((leaf != 0).any() for leaf in alone[0])
+
+
+@pytest.mark.parametrize("intersect", [False, True])
+@each_norm
+def test_both_sides_share_what_parallel_lines_make_the_same(norm, intersect):
+    # Written anew, the same slopes are not known to be the upper line's, and each side has a pass of its own.
+    known, unknown = bounds.relaxations.same_slope, lambda lower, upper: upper / (upper - lower)
+    model, (x, _) = Partial(mlp, mlp_params(4, 16, 16, 3)), batch()
+
+    def study(model, x, slopes):
+        found = bounds.crown(
+            model, Ball(norm, 0.3).region(x), relu_lower=slopes, intersect=intersect, max_bytes=2e3
+        )
+        return combined(*found), found
+
+    def run(slopes):
+        return jax.jit(jax.grad(partial(study, slopes=slopes), argnums=(0, 1), has_aux=True))(model, x)
+
+    (gradients, found), (same_gradients, same) = run(known), run(unknown)
+    close(found, same)
+    close(*(tuple(jax.tree.leaves(each)) for each in (gradients, same_gradients)), 1e-5)
+
+
+def test_parallel_lines_halve_the_operations():
+    model, region = Partial(mlp, mlp_params(100, 50, 50, 3)), Ball("linf", 0.3).region(inputs((100,)))
+    parallel, others = (
+        bounds.plan(bounds.crown, model, region, relu_lower=slopes, intersect=False)
+        for slopes in (bounds.relaxations.same_slope, bounds.relaxations.adaptive)
+    )
+    assert parallel.flops < 0.6 * others.flops
 
 
 @each_method
