@@ -40,33 +40,26 @@ def check(found, clean):
 # The norm only matters up to the first nonlinear operation, so a few of them see every norm.
 NONLINEAR = [name for name, case in CASES.items() if not case.is_affine]
 CURVED = ("jax.nn.relu", "maximum", "tanh", "conv_net")
-# Whose rules the others see as well.
-SLOW = frozenset({
-    "amin", "arcsinh", "arctan", "bilinear_form", "cos", "cosh", "erfc", "expm1_exp2", "fourth_power", "gelu_exact",
-    "inverse_square", "log1p", "max_pool_1d", "power", "product_with_sine", "reciprocal_below_zero",
-    "recurrence_outputs", "rsqrt", "sinh", "tan", "variance", "where_jump", "where_knot", "arccosh",
-    "causal_attention", "masked_attention -1000000000.0", "power_half",
-    *(f"jax.nn.{name}" for name in (
-        "celu", "elu", "hard_sigmoid", "hard_silu", "hard_tanh", "identity", "leaky_relu", "log1mexp", "log_sigmoid",
-        "log_softmax", "logmeanexp", "mish", "relu6", "selu", "sigmoid", "soft_sign", "sparse_plus", "sparse_sigmoid",
-        "squareplus", "standardize", "tanh",
-    )),
-    *(f"{library}.{name}" for library in ("linen", "nnx") for name in (
-        "Bidirectional", "GRUCell", "GroupNorm", "InstanceNorm", "LSTMCell", "MultiHeadAttention",
-        "OptimizedLSTMCell", "RMSNorm", "RNN", "Sequential", "SimpleCell",
-    )),
-    "linen.ConvLSTMCell", "linen.MGUCell", "linen.MultiHeadDotProductAttention", "nnx.LayerNorm", "nnx.PReLU",
+# One of each rule, at all times; the others with the slow tests.
+CORE = frozenset({
+    "abs", "clamp", "exp", "jax.nn.gelu", "jax.nn.relu", "jax.nn.softmax", "log", "max_of_relus", "maximum", "product",
+    "reciprocal", "sin", "sqrt", "square", "tanh", "where_slopes",
 })
+EVERY_NORM = "jax.nn.relu"
+
+
+def _marks(name, norm):
+    return () if name in CORE and (norm == "linf" or name == EVERY_NORM) else pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("name", "norm"), [
-        pytest.param(name, norm, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(name, norm, marks=_marks(name, norm))
         for norm in EPS for name in (NONLINEAR if norm == "linf" else CURVED)
     ],
 )
 def test_nonlinear(name, norm, key):
-    assert CASES.keys() >= SLOW
+    assert CASES.keys() >= CORE
     fn, x = CASES[name].build(), inputs(CASES[name].shape)
 
     @jax.jit
@@ -83,7 +76,7 @@ def test_nonlinear(name, norm, key):
 
 
 # The norm only matters at the very end, for which there are tests of their own: one box, one ball.
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_affine])
 def test_affine(name, norm):
     fn, x = CASES[name].build(), inputs(CASES[name].shape)
