@@ -65,8 +65,8 @@ def crown(
         fn: any JAX function `(x, *args) -> [B, ...]` whose examples are independent.
         region: the perturbed inputs, from `Ball.region`; a pytree of regions where `x` is a pytree.
         *args: further arguments, not perturbed; every leaf has a leading batch axis.
-        relu_lower: choice of the lower slope of unstable relus, such as `relaxations.adaptive` or `same_slope`; with the
-            latter a net of relus takes half the operations, as both sides have the same coefficients.
+        relu_lower: choice of the lower slope of unstable relus, such as `relaxations.adaptive` or `same_slope`. With
+            the latter both sides of a net of relus have the same coefficients, and cost half as much.
         intersect: intersect the bounds of every layer with intervals, and bound only those relus by substitution that
             intervals leave undecided; without it this is CROWN to the letter.
         max_bytes: about how much memory the coefficients of hidden layers may take; they are computed in chunks. By
