@@ -14,7 +14,7 @@ from rdx.bounds import Interval
 NUM_POINTS = 4000
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(number=st.integers(0, 10 * len(rf.CASES)), variant=st.integers(0, rf.VARIANTS - 1))
 def test_no_point_leaves_the_bounds(number, variant):
     seed = rf.VARIANTS * number + variant
